@@ -1,0 +1,73 @@
+"""Argument checks and small shape rules shared by the operator families."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises `RuntimeError(message)` unless `condition` holds, as PyTorch's own operators do."""
+    if not condition:
+        raise RuntimeError(message)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which sums over a tensor of `dtype` are kept: float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_floating(operator: str, argument: str, tensor: torch.Tensor) -> None:
+    """Refuses a tensor that is not float32, float64, bfloat16 or float16."""
+    check(
+        tensor.dtype in FLOATING,
+        f"lance::{operator}: {argument} has dtype {tensor.dtype}; expected float32, float64, bfloat16 or float16",
+    )
+
+
+def check_factors(
+    operator: str, argument: str, tensor: torch.Tensor, factors: Sequence[torch.Tensor | None], side: int
+) -> None:
+    """Refuses factors that do not fit `tensor`.
+
+    Args:
+        operator: operator named in the message.
+        argument: name of `tensor` in the message.
+        tensor: the tensor whose modes the factors belong to.
+        factors: one `(size, rank)` matrix or None a mode.
+        side: 0 when the modes of `tensor` have the factors' sizes (an input), 1 when they have their ranks (a core).
+
+    Raises:
+        RuntimeError: a factor's number, shape, dtype or device does not fit.
+    """
+    check_floating(operator, argument, tensor)
+    check(
+        len(factors) == tensor.dim(),
+        f"lance::{operator}: factors has {len(factors)} entries; expected one a mode of {argument}, "
+        f"whose shape is {tuple(tensor.shape)}",
+    )
+    for mode, factor in enumerate(factors):
+        if factor is None:
+            continue
+        check_floating(operator, f"factors[{mode}]", factor)
+        check(
+            factor.dim() == 2 and factor.shape[1] > 0,
+            f"lance::{operator}: factors[{mode}] has shape {tuple(factor.shape)}; expected (size, rank) with rank >= 1",
+        )
+        check(
+            factor.shape[side] == tensor.shape[mode],
+            f"lance::{operator}: factors[{mode}] has shape {tuple(factor.shape)}, its {'rank' if side else 'size'} should be "
+            f"that of mode {mode} of {argument}, whose shape is {tuple(tensor.shape)}",
+        )
+        check(
+            factor.device == tensor.device,
+            f"lance::{operator}: factors[{mode}] is on {factor.device}; expected {tensor.device}, where {argument} is",
+        )
+
+
+def factors_require_grad(factors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether any of the factors asks for a gradient, which no operator gives."""
+    return any(factor is not None and factor.requires_grad for factor in factors)

@@ -1,0 +1,91 @@
+"""The `lance` operator library: the one place through which operators are registered.
+
+A family file (`tucker.py`, `linear.py`, ...) writes schema, reference, fake, autograd and FLOP formula of its
+operators and hands them to `define`. The reference is registered for every backend; a compiled library or a Triton
+kernel overrides it for its own dispatch key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+LIBRARY = torch.library.Library("lance", "DEF")
+
+Kernel = Callable[..., Any]
+
+
+def define(
+    schema: str,
+    *,
+    reference: Kernel,
+    fake: Kernel,
+    autograd: Kernel | None = None,
+    autocast: Kernel | None = None,
+    flops: Kernel | None = None,
+) -> None:
+    """Registers one operator of the `lance` namespace.
+
+    Args:
+        schema: the operator's schema, as in `tucker_project(Tensor x, Tensor?[] factors) -> Tensor`.
+        reference: plain PyTorch implementation; serves every backend that has no kernel of its own.
+        fake: shapes, dtypes and strides of the outputs, for tracing.
+        autograd: kernel of the `Autograd` key; it calls the operator again under `below_autograd()`.
+        autocast: kernel of the `AutocastCPU` and `AutocastCUDA` keys; it calls the operator again under
+            `without_autocast()`.
+        flops: floating point operations from the shapes of the arguments, as `torch.utils.flop_counter` wants them.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lance::{name}", fake, lib=LIBRARY)
+    if autograd is not None:
+        LIBRARY.impl(name, autograd, "Autograd")
+    if autocast is not None:
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            LIBRARY.impl(name, autocast, key)
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.lance, name))(flops)
+
+
+def below_autograd() -> Any:
+    """Context in which operators dispatch below the `Autograd` keys."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def without_autocast() -> Any:
+    """Context in which operators dispatch below the `Autocast` keys."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCUDA
+    )
+    return torch._C._ExcludeDispatchKeyGuard(keys)
+
+
+def not_differentiable(name: str) -> Kernel:
+    """Autograd kernel of an operator that has no derivative: a backward pass that reaches its outputs raises.
+
+    Args:
+        name: the operator's name in the `lance` namespace.
+    """
+
+    class Refuse(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, args: tuple[Any, ...], *tensors: torch.Tensor) -> Any:
+            with below_autograd():
+                return getattr(torch.ops.lance, name)(*args)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+            raise RuntimeError(f"lance::{name} has no derivative; detach its inputs or call it under torch.no_grad()")
+
+    def kernel(*args: Any) -> Any:
+        tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return Refuse.apply(args, *tensors)
+        with below_autograd():
+            return getattr(torch.ops.lance, name)(*args)
+
+    return kernel

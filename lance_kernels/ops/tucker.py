@@ -1,0 +1,145 @@
+"""Mode-n products with every factor of a call: `tucker_project` (to the core) and `tucker_reconstruct` (back).
+
+For `x` of `N` modes and factors `U_n` of shape `(size_n, rank_n)`, in the notation of Kolda and Bader ("Tensor
+Decompositions and Applications", SIAM Review 2009), `core = x x_0 U_0^T ... x_{N-1} U_{N-1}^T` and
+`x_hat = core x_0 U_0 ... x_{N-1} U_{N-1}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lance_kernels.ops._checks import accumulation_dtype, check, check_factors, factors_require_grad
+from lance_kernels.ops._registry import define
+
+Factors = Sequence[torch.Tensor | None]
+
+
+def tucker_project(x: torch.Tensor, factors: Factors) -> torch.Tensor:
+    """Projects every mode of `x` onto its factor.
+
+    Args:
+        x: `(size_0, ..., size_{N-1})`, float32, float64, bfloat16 or float16, any strides.
+        factors: one entry a mode, `(size_n, rank_n)` of any floating dtype, or None, which keeps the mode.
+
+    Returns:
+        The core, `(rank_0, ..., rank_{N-1})` with `size_n` where the factor is None; contiguous, dtype of `x`,
+        accumulated in float32 (float64 for float64). Differentiable in `x`.
+
+    Raises:
+        RuntimeError: the factors do not fit `x`, or one of them requires a gradient.
+    """
+    return torch.ops.lance.tucker_project(x, list(factors))
+
+
+def tucker_reconstruct(core: torch.Tensor, factors: Factors) -> torch.Tensor:
+    """Expands every mode of `core` by its factor, the transpose of `tucker_project`.
+
+    Args:
+        core: `(rank_0, ..., rank_{N-1})`, float32, float64, bfloat16 or float16, any strides.
+        factors: one entry a mode, `(size_n, rank_n)` of any floating dtype, or None, which keeps the mode.
+
+    Returns:
+        `(size_0, ..., size_{N-1})`; contiguous, dtype of `core`, accumulated as in `tucker_project`. Differentiable in
+        `core`.
+
+    Raises:
+        RuntimeError: the factors do not fit `core`, or one of them requires a gradient.
+    """
+    return torch.ops.lance.tucker_reconstruct(core, list(factors))
+
+
+def mode_product(x: torch.Tensor, matrix: torch.Tensor, mode: int) -> torch.Tensor:
+    """Mode-n product `x x_n matrix` for `matrix` of shape `(rows, x.shape[mode])`; contiguous."""
+    if mode == x.dim() - 1:
+        return x @ matrix.mT
+    flat = x.reshape(x.shape[:mode].numel(), x.shape[mode], x.shape[mode + 1 :].numel())
+    return (matrix @ flat).reshape(*x.shape[:mode], matrix.shape[0], *x.shape[mode + 1 :])
+
+
+def _apply(x: torch.Tensor, matrices: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    # The product that shrinks most goes first.
+    out = x.to(accumulation_dtype(x.dtype))
+    for mode, matrix in sorted(matrices, key=lambda entry: entry[1].shape[0] / max(entry[1].shape[1], 1)):
+        out = mode_product(out, matrix.to(out.dtype), mode)
+    out = out.to(x.dtype)
+    return out.clone(memory_format=torch.contiguous_format) if out is x else out.contiguous()
+
+
+def _project_reference(x: torch.Tensor, factors: Factors) -> torch.Tensor:
+    check_factors("tucker_project", "x", x, factors, side=0)
+    return _apply(x, [(mode, factor.mT) for mode, factor in enumerate(factors) if factor is not None])
+
+
+def _reconstruct_reference(core: torch.Tensor, factors: Factors) -> torch.Tensor:
+    check_factors("tucker_reconstruct", "core", core, factors, side=1)
+    return _apply(core, [(mode, factor) for mode, factor in enumerate(factors) if factor is not None])
+
+
+def _project_fake(x: torch.Tensor, factors: Factors) -> torch.Tensor:
+    check_factors("tucker_project", "x", x, factors, side=0)
+    return x.new_empty([size if factor is None else factor.shape[1] for size, factor in zip(x.shape, factors)])
+
+
+def _reconstruct_fake(core: torch.Tensor, factors: Factors) -> torch.Tensor:
+    check_factors("tucker_reconstruct", "core", core, factors, side=1)
+    return core.new_empty([size if factor is None else factor.shape[0] for size, factor in zip(core.shape, factors)])
+
+
+def _backward_with(operator: Any) -> Any:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return operator(grad, list(ctx.saved_tensors)), None
+
+    return backward
+
+
+def _save_factors(ctx: Any, inputs: tuple[torch.Tensor, Factors], output: torch.Tensor) -> None:
+    _, factors = inputs
+    check(not factors_require_grad(factors), "factors require a gradient; expected fixed factors (call .detach())")
+    ctx.save_for_backward(*factors)
+
+
+def mode_product_flops(shape: Sequence[int], ranks: Sequence[int | None]) -> int:
+    """Floating point operations of the mode-n products that take `shape` to `ranks`, most shrinking product first."""
+    sizes, total = list(shape), 0
+    order = sorted(
+        (mode for mode, rank in enumerate(ranks) if rank is not None),
+        key=lambda mode: ranks[mode] / max(sizes[mode], 1),
+    )
+    for mode in order:
+        cost = 2 * ranks[mode]
+        for size in sizes:
+            cost *= size
+        total += cost
+        sizes[mode] = ranks[mode]
+    return total
+
+
+def _flops(side: int) -> Any:
+    def flops(shape: Sequence[int], factor_shapes: Sequence[Sequence[int] | None], *args: Any, **kwargs: Any) -> int:
+        return mode_product_flops(shape, [None if factor is None else factor[side] for factor in factor_shapes])
+
+    return flops
+
+
+define(
+    "tucker_project(Tensor x, Tensor?[] factors) -> Tensor",
+    reference=_project_reference,
+    fake=_project_fake,
+    flops=_flops(side=1),
+)
+define(
+    "tucker_reconstruct(Tensor core, Tensor?[] factors) -> Tensor",
+    reference=_reconstruct_reference,
+    fake=_reconstruct_fake,
+    flops=_flops(side=0),
+)
+torch.library.register_autograd(
+    "lance::tucker_project", _backward_with(tucker_reconstruct), setup_context=_save_factors
+)
+torch.library.register_autograd(
+    "lance::tucker_reconstruct", _backward_with(tucker_project), setup_context=_save_factors
+)
