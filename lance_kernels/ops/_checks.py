@@ -59,8 +59,9 @@ def check_factors(
         )
         check(
             factor.shape[side] == tensor.shape[mode],
-            f"lance::{operator}: factors[{mode}] has shape {tuple(factor.shape)}, its {'rank' if side else 'size'} should be "
-            f"that of mode {mode} of {argument}, whose shape is {tuple(tensor.shape)}",
+            f"lance::{operator}: factors[{mode}] has shape {tuple(factor.shape)}; expected its "
+            f"{'rank' if side else 'size'} to be that of mode {mode} of {argument}, whose shape is "
+            f"{tuple(tensor.shape)}",
         )
         check(
             factor.device == tensor.device,

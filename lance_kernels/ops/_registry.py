@@ -7,6 +7,7 @@ kernel overrides it for its own dispatch key.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,11 @@ def define(
         register_flop_formula(getattr(torch.ops.lance, name))(flops)
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`, which PyTorch leaves untyped."""
+    return function.apply(*args)
+
+
 def below_autograd() -> Any:
     """Context in which operators dispatch below the `Autograd` keys."""
     return torch._C._AutoDispatchBelowAutograd()
@@ -62,6 +68,57 @@ def without_autocast() -> Any:
         torch._C.DispatchKey.AutocastCUDA
     )
     return torch._C._ExcludeDispatchKeyGuard(keys)
+
+
+def autocast_arguments(*tensors: torch.Tensor | None) -> list[Any]:
+    """Casts an autocast region's arguments to its dtype, as PyTorch's own products do; float64 stays.
+
+    Args:
+        tensors: tensors of one device, the first not None.
+    """
+    first = tensors[0]
+    assert first is not None
+    dtype = torch.get_autocast_dtype(first.device.type)
+    keep = (torch.float64, dtype)
+    return [t if t is None or not t.is_floating_point() or t.dtype in keep else t.to(dtype) for t in tensors]
+
+
+def once_differentiable(name: str) -> Callable[[Kernel], Kernel]:
+    """Decorates an `autograd.Function`'s backward: a second backward pass through it raises.
+
+    PyTorch's decorator of this name lets a second derivative vanish when the incoming gradient is a constant; here,
+    under `create_graph=True`, every gradient carries the node that raises.
+
+    Args:
+        name: the operator's name in the `lance` namespace.
+    """
+
+    class Refuse(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, anchor: torch.Tensor, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(grad.view_as(grad) for grad in grads)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+            raise RuntimeError(
+                f"lance::{name} is differentiable once: its weight gradient comes from a compressed input, which has "
+                "no second derivative; use lance_kernels.exact(model) for double backward"
+            )
+
+    def decorate(backward: Kernel) -> Kernel:
+        @functools.wraps(backward)
+        def once(ctx: Any, *grad_outputs: Any) -> Any:
+            with torch.no_grad():
+                grads = backward(ctx, *grad_outputs)
+            if not torch.is_grad_enabled():
+                return grads
+            anchor = torch.empty(0, requires_grad=True)
+            guarded = iter(apply(Refuse, anchor, *(grad for grad in grads if grad is not None)))
+            return tuple(None if grad is None else next(guarded) for grad in grads)
+
+        return once
+
+    return decorate
 
 
 def not_differentiable(name: str) -> Kernel:
@@ -84,7 +141,7 @@ def not_differentiable(name: str) -> Kernel:
     def kernel(*args: Any) -> Any:
         tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return Refuse.apply(args, *tensors)
+            return apply(Refuse, args, *tensors)
         with below_autograd():
             return getattr(torch.ops.lance, name)(*args)
 

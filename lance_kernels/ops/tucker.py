@@ -7,6 +7,7 @@ Decompositions and Applications", SIAM Review 2009), `core = x x_0 U_0^T ... x_{
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,8 @@ def tucker_project(x: torch.Tensor, factors: Factors) -> torch.Tensor:
     Raises:
         RuntimeError: the factors do not fit `x`, or one of them requires a gradient.
     """
-    return torch.ops.lance.tucker_project(x, list(factors))
+    core: torch.Tensor = torch.ops.lance.tucker_project(x, list(factors))
+    return core
 
 
 def tucker_reconstruct(core: torch.Tensor, factors: Factors) -> torch.Tensor:
@@ -49,7 +51,8 @@ def tucker_reconstruct(core: torch.Tensor, factors: Factors) -> torch.Tensor:
     Raises:
         RuntimeError: the factors do not fit `core`, or one of them requires a gradient.
     """
-    return torch.ops.lance.tucker_reconstruct(core, list(factors))
+    x_hat: torch.Tensor = torch.ops.lance.tucker_reconstruct(core, list(factors))
+    return x_hat
 
 
 def mode_product(x: torch.Tensor, matrix: torch.Tensor, mode: int) -> torch.Tensor:
@@ -105,22 +108,21 @@ def _save_factors(ctx: Any, inputs: tuple[torch.Tensor, Factors], output: torch.
 def mode_product_flops(shape: Sequence[int], ranks: Sequence[int | None]) -> int:
     """Floating point operations of the mode-n products that take `shape` to `ranks`, most shrinking product first."""
     sizes, total = list(shape), 0
-    order = sorted(
-        (mode for mode, rank in enumerate(ranks) if rank is not None),
-        key=lambda mode: ranks[mode] / max(sizes[mode], 1),
-    )
-    for mode in order:
-        cost = 2 * ranks[mode]
-        for size in sizes:
-            cost *= size
-        total += cost
-        sizes[mode] = ranks[mode]
+    pairs = [(mode, rank) for mode, rank in enumerate(ranks) if rank is not None]
+    for mode, rank in sorted(pairs, key=lambda pair: pair[1] / max(shape[pair[0]], 1)):
+        total += 2 * rank * math.prod(sizes)
+        sizes[mode] = rank
     return total
+
+
+def ranks_of(factor_shapes: Sequence[Sequence[int] | None], side: int) -> list[int | None]:
+    """The factors' ranks (`side` 1) or sizes (`side` 0), None where there is no factor."""
+    return [None if shape is None else shape[side] for shape in factor_shapes]
 
 
 def _flops(side: int) -> Any:
     def flops(shape: Sequence[int], factor_shapes: Sequence[Sequence[int] | None], *args: Any, **kwargs: Any) -> int:
-        return mode_product_flops(shape, [None if factor is None else factor[side] for factor in factor_shapes])
+        return mode_product_flops(shape, ranks_of(factor_shapes, side))
 
     return flops
 

@@ -1,0 +1,267 @@
+"""The linear layer that keeps a core of its input, and its weight gradient from that core.
+
+With `x_hat = core x_0 U_0 ... x_{N-1} U_{N-1}` of shape `(..., D)` in place of `x`, `grad_weight = grad_output^T x_hat`
+summed over the leading modes (arXiv 2509.21617, section 3). `x_hat` is never formed: either `grad_output` is projected
+onto the factors of the leading modes, or the core is expanded along them, and the feature factor comes last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from lance_kernels.ops._checks import accumulation_dtype, check, check_factors, factors_require_grad
+from lance_kernels.ops._registry import (
+    apply,
+    autocast_arguments,
+    define,
+    not_differentiable,
+    once_differentiable,
+    without_autocast,
+)
+from lance_kernels.ops.pack_core import packed_bytes
+from lance_kernels.ops.tucker import Factors, mode_product, mode_product_flops, ranks_of
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    factors: Factors,
+    core_bits: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x @ weight^T + bias`, keeping the core of `x` for the weight gradient.
+
+    Args:
+        x: `(..., D)`, float32, float64, bfloat16 or float16, any strides.
+        weight: `(O, D)`, dtype of `x` (under autocast both are cast).
+        bias: `(O,)` or None.
+        factors: one `(size, rank)` matrix or None a mode of `x`.
+        core_bits: 0 keeps the core in the dtype of `x`; 8, 4 or 2 keep what `pack_core` makes of it.
+
+    Returns:
+        `y`, `(..., O)`, exactly `torch.nn.functional.linear`'s, and the core (the packed buffer with `core_bits`).
+        `y` is differentiable once in `x`, `weight` and `bias`; the core carries no gradient. Kept for the backward
+        pass: the core when `weight` needs a gradient, `weight` when `x` does, the factors.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit, a factor requires a gradient, or a second derivative is
+            asked for.
+    """
+    y, core = torch.ops.lance.linear(x, weight, bias, list(factors), core_bits)
+    return y, core
+
+
+def linear_weight_grad(grad_output: torch.Tensor, core: torch.Tensor, factors: Factors) -> torch.Tensor:
+    """Weight gradient of a linear layer from the core of its input.
+
+    Args:
+        grad_output: `(..., O)`, float32, float64, bfloat16 or float16, any strides.
+        core: the input's core, one rank a mode, dtype of `grad_output`.
+        factors: one `(size, rank)` matrix or None a mode of the input.
+
+    Returns:
+        `(O, D)`, contiguous, dtype of `grad_output`, accumulated in float32 (float64 for float64).
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit.
+    """
+    grad_weight: torch.Tensor = torch.ops.lance.linear_weight_grad(grad_output, core, list(factors))
+    return grad_weight
+
+
+def _check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, factors: Factors) -> None:
+    check_factors("linear", "x", x, factors, side=0)
+    check(
+        weight.dim() == 2 and x.dim() > 0 and weight.shape[1] == x.shape[-1],
+        f"lance::linear: weight has shape {tuple(weight.shape)}; expected (O, D) with D that of x, whose shape is "
+        f"{tuple(x.shape)}",
+    )
+    check(
+        bias is None or (bias.dim() == 1 and bias.shape[0] == weight.shape[0]),
+        f"lance::linear: bias has shape {None if bias is None else tuple(bias.shape)}; expected ({weight.shape[0]},)",
+    )
+    for argument, tensor in (("weight", weight), ("bias", bias)):
+        check(
+            tensor is None or (tensor.dtype == x.dtype and tensor.device == x.device),
+            f"lance::linear: {argument} is {None if tensor is None else (tensor.dtype, str(tensor.device))}; expected "
+            f"{(x.dtype, str(x.device))}, as x",
+        )
+
+
+def keep_core(x: torch.Tensor, factors: Factors, core_bits: int) -> torch.Tensor:
+    """The core of `x`, packed when `core_bits` is not 0."""
+    core: torch.Tensor = torch.ops.lance.tucker_project(x, list(factors))
+    return torch.ops.lance.pack_core(core, core_bits) if core_bits else core
+
+
+def fake_core(x: torch.Tensor, factors: Factors, core_bits: int) -> torch.Tensor:
+    """Shape and dtype of what `keep_core` returns."""
+    shape = core_size(x, factors)
+    return x.new_empty(packed_bytes(shape, core_bits), dtype=torch.uint8) if core_bits else x.new_empty(shape)
+
+
+def core_size(x: torch.Tensor, factors: Factors) -> list[int]:
+    """Shape of the core of `x`."""
+    return [size if factor is None else factor.shape[1] for size, factor in zip(x.shape, factors)]
+
+
+def _linear_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, factors: Factors, core_bits: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_linear(x, weight, bias, factors)
+    return F.linear(x, weight, bias), keep_core(x, factors, core_bits)
+
+
+def _linear_fake(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, factors: Factors, core_bits: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_linear(x, weight, bias, factors)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), fake_core(x, factors, core_bits)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        core_bits: int,
+        *factors: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        check(not factors_require_grad(factors), "lance::linear: factors require a gradient; expected fixed factors")
+        y, core = _linear_reference(x, weight, bias, factors, core_bits)
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(core if needs_weight else None, weight if needs_x else None, *factors)
+        ctx.core_bits, ctx.core_size, ctx.dtype = core_bits, core_size(x, factors), x.dtype
+        ctx.mark_non_differentiable(core)
+        ctx.set_materialize_grads(False)
+        return y, core
+
+    @staticmethod
+    @once_differentiable("linear")
+    def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+        core, weight, *factors = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_x = grad_weight = grad_bias = None
+        if grad_output is not None:
+            if needs_x:
+                grad_x = grad_output @ weight
+            if needs_weight:
+                if ctx.core_bits:
+                    core = torch.ops.lance.unpack_core(core, ctx.core_size, ctx.core_bits, ctx.dtype)
+                grad_weight = torch.ops.lance.linear_weight_grad(grad_output, core, factors)
+            if needs_bias:
+                grad_bias = grad_output.flatten(0, -2).sum(dim=0) if grad_output.dim() > 1 else grad_output
+        return grad_x, grad_weight, grad_bias, None, *[None] * len(factors)
+
+
+def _linear_autograd(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, factors: Factors, core_bits: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y, core = apply(_Linear, x, weight, bias, core_bits, *factors)
+    return y, core
+
+
+def _linear_autocast(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, factors: Factors, core_bits: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight, bias = autocast_arguments(x, weight, bias)
+    with without_autocast():
+        return linear(x, weight, bias, factors, core_bits)
+
+
+def _check_weight_grad(grad_output: torch.Tensor, core: torch.Tensor, factors: Factors) -> None:
+    check_factors("linear_weight_grad", "core", core, factors, side=1)
+    check(
+        grad_output.dtype == core.dtype and grad_output.device == core.device,
+        f"lance::linear_weight_grad: core is {(core.dtype, str(core.device))}; expected "
+        f"{(grad_output.dtype, str(grad_output.device))}, as grad_output",
+    )
+    leading = [size if factor is None else factor.shape[0] for size, factor in zip(core.shape, factors)][:-1]
+    check(
+        core.dim() > 0 and grad_output.dim() == core.dim() and list(grad_output.shape[:-1]) == leading,
+        f"lance::linear_weight_grad: grad_output has shape {tuple(grad_output.shape)}; expected ({leading}, O), the "
+        f"input's leading modes as core, of shape {tuple(core.shape)}, and factors give them",
+    )
+
+
+def _weight_grad_reference(grad_output: torch.Tensor, core: torch.Tensor, factors: Factors) -> torch.Tensor:
+    _check_weight_grad(grad_output, core, factors)
+    wide = accumulation_dtype(core.dtype)
+    grad, kept = grad_output.to(wide), core.to(wide)
+    leading = [(mode, factor.to(wide)) for mode, factor in enumerate(factors[:-1]) if factor is not None]
+    factor_shapes = [None if factor is None else factor.shape for factor in factors]
+    if _weight_grad_plan(grad.shape, kept.shape, factor_shapes)[0]:
+        for mode, factor in sorted(leading, key=lambda entry: entry[1].shape[1] / max(entry[1].shape[0], 1)):
+            grad = mode_product(grad, factor.mT, mode)
+    else:
+        for mode, factor in leading:
+            kept = mode_product(kept, factor, mode)
+    product = grad.reshape(-1, grad.shape[-1]).mT @ kept.reshape(-1, kept.shape[-1])
+    feature = factors[-1]
+    return (product if feature is None else product @ feature.to(wide).mT).to(grad_output.dtype)
+
+
+def _weight_grad_plan(
+    grad_shape: Sequence[int], core_shape: Sequence[int], factor_shapes: Sequence[Sequence[int] | None]
+) -> tuple[bool, int]:
+    """Whether to project `grad_output` onto the leading factors, or else expand the core; and the operations needed."""
+    leading = factor_shapes[:-1]
+    outputs, features = grad_shape[-1], core_shape[-1]
+    project = mode_product_flops(grad_shape, [*ranks_of(leading, side=1), None])
+    project += 2 * math.prod(core_shape[:-1]) * outputs * features
+    expand = mode_product_flops(core_shape, [*ranks_of(leading, side=0), None])
+    expand += 2 * math.prod(grad_shape[:-1]) * outputs * features
+    return project < expand, min(project, expand)
+
+
+def _weight_grad_fake(grad_output: torch.Tensor, core: torch.Tensor, factors: Factors) -> torch.Tensor:
+    _check_weight_grad(grad_output, core, factors)
+    feature = factors[-1]
+    return grad_output.new_empty(grad_output.shape[-1], core.shape[-1] if feature is None else feature.shape[0])
+
+
+def _weight_grad_flops(
+    grad_shape: Sequence[int],
+    core_shape: Sequence[int],
+    factor_shapes: Sequence[Sequence[int] | None],
+    **kwargs: Any,
+) -> int:
+    _, total = _weight_grad_plan(grad_shape, core_shape, factor_shapes)
+    feature = factor_shapes[-1]
+    return total + (0 if feature is None else 2 * grad_shape[-1] * math.prod(feature))
+
+
+def _linear_flops(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    bias_shape: Sequence[int] | None,
+    factor_shapes: Sequence[Sequence[int] | None],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    project = mode_product_flops(x_shape, ranks_of(factor_shapes, side=1))
+    return 2 * math.prod(x_shape) * weight_shape[0] + project
+
+
+define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor?[] factors, int core_bits=0) -> (Tensor, Tensor)",
+    reference=_linear_reference,
+    fake=_linear_fake,
+    autograd=_linear_autograd,
+    autocast=_linear_autocast,
+    flops=_linear_flops,
+)
+define(
+    "linear_weight_grad(Tensor grad_output, Tensor core, Tensor?[] factors) -> Tensor",
+    reference=_weight_grad_reference,
+    fake=_weight_grad_fake,
+    autograd=not_differentiable("linear_weight_grad"),
+    flops=_weight_grad_flops,
+)
