@@ -69,6 +69,18 @@ def check_factors(
         )
 
 
+def check_same(operator: str, first: torch.Tensor, others: Sequence[tuple[str, torch.Tensor | None]]) -> None:
+    """Refuses tensors whose dtype or device is not that of the operator's first argument."""
+    for argument, tensor in others:
+        if tensor is None:
+            continue
+        check(
+            tensor.dtype == first.dtype and tensor.device == first.device,
+            f"lance::{operator}: {argument} is {tensor.dtype} on {tensor.device}; expected {first.dtype} on "
+            f"{first.device}, as the first argument",
+        )
+
+
 def factors_require_grad(factors: Sequence[torch.Tensor | None]) -> bool:
     """Whether any of the factors asks for a gradient, which no operator gives."""
     return any(factor is not None and factor.requires_grad for factor in factors)

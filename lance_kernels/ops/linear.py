@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from lance_kernels.ops._checks import accumulation_dtype, check, check_factors, factors_require_grad
+from lance_kernels.ops._checks import accumulation_dtype, check, check_factors, check_same, factors_require_grad
 from lance_kernels.ops._registry import (
     apply,
     autocast_arguments,
@@ -85,12 +85,7 @@ def _check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
         bias is None or (bias.dim() == 1 and bias.shape[0] == weight.shape[0]),
         f"lance::linear: bias has shape {None if bias is None else tuple(bias.shape)}; expected ({weight.shape[0]},)",
     )
-    for argument, tensor in (("weight", weight), ("bias", bias)):
-        check(
-            tensor is None or (tensor.dtype == x.dtype and tensor.device == x.device),
-            f"lance::linear: {argument} is {None if tensor is None else (tensor.dtype, str(tensor.device))}; expected "
-            f"{(x.dtype, str(x.device))}, as x",
-        )
+    check_same("linear", x, (("weight", weight), ("bias", bias)))
 
 
 def keep_core(x: torch.Tensor, factors: Factors, core_bits: int) -> torch.Tensor:
@@ -178,11 +173,7 @@ def _linear_autocast(
 
 def _check_weight_grad(grad_output: torch.Tensor, core: torch.Tensor, factors: Factors) -> None:
     check_factors("linear_weight_grad", "core", core, factors, side=1)
-    check(
-        grad_output.dtype == core.dtype and grad_output.device == core.device,
-        f"lance::linear_weight_grad: core is {(core.dtype, str(core.device))}; expected "
-        f"{(grad_output.dtype, str(grad_output.device))}, as grad_output",
-    )
+    check_same("linear_weight_grad", grad_output, (("core", core),))
     leading = [size if factor is None else factor.shape[0] for size, factor in zip(core.shape, factors)][:-1]
     check(
         core.dim() > 0 and grad_output.dim() == core.dim() and list(grad_output.shape[:-1]) == leading,

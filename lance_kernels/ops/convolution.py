@@ -1,0 +1,329 @@
+"""The convolution that keeps a core of its input: 1-D, 2-D and 3-D, as `aten::convolution`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.flop_counter import conv_flop_count
+
+from lance_kernels.ops._checks import check, check_factors, check_same, factors_require_grad
+from lance_kernels.ops._padding import MODES, pad_pairs, pad_spatial, unpad_spatial_grad
+from lance_kernels.ops._registry import apply, autocast_arguments, define, once_differentiable, without_autocast
+from lance_kernels.ops.linear import core_size, fake_core, keep_core
+from lance_kernels.ops.tucker import Factors, mode_product_flops, ranks_of
+
+
+class Geometry(NamedTuple):
+    """What a convolution is, apart from its tensors."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+    padding_mode: str = "zeros"
+
+
+def convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    factors: Factors,
+    core_bits: int = 0,
+    padding_mode: str = "zeros",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Convolution of `x` with `weight`, keeping the core of `x` for the weight gradient.
+
+    Args:
+        x: `(B, C, *S)` with one to three spatial modes, float32, float64, bfloat16 or float16, any strides.
+        weight: `(O, C / groups, *K)`, dtype of `x` (under autocast both are cast).
+        bias: `(O,)` or None.
+        stride: one number a spatial mode.
+        padding: one number a spatial mode, or two (before, after), mode by mode.
+        dilation: one number a spatial mode.
+        groups: number of groups; divides C and O.
+        factors: one `(size, rank)` matrix or None a mode of `x`.
+        core_bits: 0 keeps the core in the dtype of `x`; 8, 4 or 2 keep what `pack_core` makes of it.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+
+    Returns:
+        `y`, `(B, O, *S')`, exactly PyTorch's, and the core (the packed buffer with `core_bits`). `y` is differentiable
+        once in `x`, `weight` and `bias`; the core carries no gradient. Kept for the backward pass: the core when
+        `weight` needs a gradient, `weight` when `x` does, the factors.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices or numbers do not fit, a factor requires a gradient, or a second
+            derivative is asked for.
+    """
+    y, core = torch.ops.lance.convolution(
+        x, weight, bias, stride, padding, dilation, groups, list(factors), core_bits, padding_mode
+    )
+    return y, core
+
+
+def check_geometry(
+    operator: str, input_size: Sequence[int], weight_size: Sequence[int], geometry: Geometry
+) -> list[tuple[int, int]]:
+    """Refuses a geometry that does not fit `input_size` and `weight_size`; returns the padding as pairs."""
+    dimensions = len(input_size) - 2
+    check(
+        1 <= dimensions <= 3 and len(weight_size) == dimensions + 2,
+        f"lance::{operator}: weight has size {tuple(weight_size)} and the input {tuple(input_size)}; expected "
+        "(O, C / groups, *kernel) and (B, C, *spatial) with one to three spatial modes",
+    )
+    for argument, values, least in (("stride", geometry.stride, 1), ("dilation", geometry.dilation, 1)):
+        check(
+            len(values) == dimensions and all(value >= least for value in values),
+            f"lance::{operator}: {argument} is {list(values)}; expected {dimensions} numbers of at least {least}",
+        )
+    check(
+        len(geometry.padding) in (dimensions, 2 * dimensions) and all(value >= 0 for value in geometry.padding),
+        f"lance::{operator}: padding is {list(geometry.padding)}; expected {dimensions} or {2 * dimensions} numbers "
+        "of at least 0",
+    )
+    check(
+        geometry.padding_mode in MODES,
+        f"lance::{operator}: padding_mode is {geometry.padding_mode!r}; expected one of {', '.join(MODES)}",
+    )
+    check(
+        geometry.groups >= 1
+        and weight_size[0] % geometry.groups == 0
+        and input_size[1] == weight_size[1] * geometry.groups,
+        f"lance::{operator}: weight has size {tuple(weight_size)}, the input {tuple(input_size)} and groups is "
+        f"{geometry.groups}; expected C = weight's second size times groups, and O a multiple of groups",
+    )
+    pairs = pad_pairs(geometry.padding, dimensions)
+    limits = {"zeros": None, "replicate": None, "reflect": -1, "circular": 0}
+    limit = limits[geometry.padding_mode]
+    for size, pair in zip(input_size[2:], pairs):
+        check(
+            limit is None or max(pair) <= size + limit,
+            f"lance::{operator}: padding {list(geometry.padding)} is too large for {geometry.padding_mode} padding of "
+            f"an input of size {tuple(input_size)}",
+        )
+    for size, kernel, pair, dilation in zip(input_size[2:], weight_size[2:], pairs, geometry.dilation):
+        check(
+            kernel >= 1 and size + sum(pair) >= dilation * (kernel - 1) + 1,
+            f"lance::{operator}: weight has size {tuple(weight_size)}, larger than the padded input of size "
+            f"{tuple(input_size)} with padding {list(geometry.padding)} and dilation {list(geometry.dilation)}",
+        )
+    return pairs
+
+
+def output_size(input_size: Sequence[int], weight_size: Sequence[int], geometry: Geometry) -> list[int]:
+    """Shape of the convolution's output."""
+    pairs = pad_pairs(geometry.padding, len(input_size) - 2)
+    spatial = [
+        (size + sum(pair) - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, pair, stride, dilation in zip(
+            input_size[2:], weight_size[2:], pairs, geometry.stride, geometry.dilation
+        )
+    ]
+    return [input_size[0], weight_size[0], *spatial]
+
+
+def _check_convolution(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry, factors: Factors
+) -> list[tuple[int, int]]:
+    check_factors("convolution", "x", x, factors, side=0)
+    pairs = check_geometry("convolution", x.shape, weight.shape, geometry)
+    check(
+        bias is None or (bias.dim() == 1 and bias.shape[0] == weight.shape[0]),
+        f"lance::convolution: bias has shape {None if bias is None else tuple(bias.shape)}; expected "
+        f"({weight.shape[0]},)",
+    )
+    check_same("convolution", x, (("weight", weight), ("bias", bias)))
+    return pairs
+
+
+def _split_padding(pairs: Sequence[tuple[int, int]], mode: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """What the library's convolution pads itself, and what has to be padded before it.
+
+    The split of an asymmetric padding is that of PyTorch's `padding='same'`, so that the result has the same bits.
+    """
+    if mode != "zeros":
+        return [0] * len(pairs), list(pairs)
+    inner = [min(pair) for pair in pairs]
+    return inner, [(before - least, after - least) for (before, after), least in zip(pairs, inner)]
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    geometry: Geometry,
+    factors: Factors,
+    core_bits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    pairs = _check_convolution(x, weight, bias, geometry, factors)
+    inner, outer = _split_padding(pairs, geometry.padding_mode)
+    y = torch.ops.aten.convolution(
+        pad_spatial(x, outer, geometry.padding_mode),
+        weight,
+        bias,
+        geometry.stride,
+        inner,
+        geometry.dilation,
+        False,
+        [0] * len(inner),
+        geometry.groups,
+    )
+    return y, keep_core(x, factors, core_bits)
+
+
+def _input_grad(
+    grad_output: torch.Tensor, weight: torch.Tensor, input_size: Sequence[int], geometry: Geometry
+) -> torch.Tensor:
+    """Gradient in `x`: the transposed convolution, which needs no tensor of the size of `x` but its result."""
+    if grad_output.numel() == 0:
+        return grad_output.new_zeros(input_size)
+    pairs = pad_pairs(geometry.padding, len(input_size) - 2)
+    inner, outer = _split_padding(pairs, geometry.padding_mode)
+    # Rows at the end that no kernel position reached when the stride does not divide.
+    unreached = [
+        size + sum(pair) - ((outputs - 1) * stride - 2 * pad + dilation * (kernel - 1) + 1)
+        for size, pair, outputs, stride, pad, dilation, kernel in zip(
+            input_size[2:], outer, grad_output.shape[2:], geometry.stride, inner, geometry.dilation, weight.shape[2:]
+        )
+    ]
+    grad: torch.Tensor = torch.ops.aten.convolution(
+        grad_output, weight, None, geometry.stride, inner, geometry.dilation, True, unreached, geometry.groups
+    )
+    return unpad_spatial_grad(grad, input_size[2:], outer, geometry.padding_mode)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        geometry: Geometry,
+        core_bits: int,
+        *factors: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        check(not factors_require_grad(factors), "lance::convolution: factors require a gradient; expected fixed ones")
+        y, core = _forward(x, weight, bias, geometry, factors, core_bits)
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(core if needs_weight else None, weight if needs_x else None, *factors)
+        ctx.geometry, ctx.core_bits, ctx.core_size, ctx.dtype = geometry, core_bits, core_size(x, factors), x.dtype
+        ctx.input_size, ctx.weight_size = x.shape, weight.shape
+        ctx.mark_non_differentiable(core)
+        ctx.set_materialize_grads(False)
+        return y, core
+
+    @staticmethod
+    @once_differentiable("convolution")
+    def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+        core, weight, *factors = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_x = grad_weight = grad_bias = None
+        if grad_output is not None:
+            if needs_x:
+                grad_x = _input_grad(grad_output, weight, ctx.input_size, ctx.geometry)
+            if needs_weight:
+                if ctx.core_bits:
+                    core = torch.ops.lance.unpack_core(core, ctx.core_size, ctx.core_bits, ctx.dtype)
+                grad_weight = torch.ops.lance.convolution_weight_grad(
+                    grad_output, core, factors, ctx.weight_size, *ctx.geometry
+                )
+            if needs_bias:
+                grad_bias = grad_output.sum(dim=[0, *range(2, grad_output.dim())])
+        return grad_x, grad_weight, grad_bias, None, None, *[None] * len(factors)
+
+
+def _convolution_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    factors: Factors,
+    core_bits: int = 0,
+    padding_mode: str = "zeros",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    return _forward(x, weight, bias, geometry, factors, core_bits)
+
+
+def _convolution_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    factors: Factors,
+    core_bits: int = 0,
+    padding_mode: str = "zeros",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # Forwarding to the library's fake convolution gives its strides.
+    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    pairs = _check_convolution(x, weight, bias, geometry, factors)
+    inner, outer = _split_padding(pairs, padding_mode)
+    padded = pad_spatial(x, outer, padding_mode)
+    y = torch.ops.aten.convolution(padded, weight, bias, stride, inner, dilation, False, [0] * len(inner), groups)
+    return y, fake_core(x, factors, core_bits)
+
+
+def _convolution_autograd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    factors: Factors,
+    core_bits: int = 0,
+    padding_mode: str = "zeros",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    y, core = apply(_Convolution, x, weight, bias, geometry, core_bits, *factors)
+    return y, core
+
+
+def _convolution_autocast(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *args: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight, bias = autocast_arguments(x, weight, bias)
+    with without_autocast():
+        y, core = torch.ops.lance.convolution(x, weight, bias, *args)
+    return y, core
+
+
+def _convolution_flops(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    bias_shape: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    factor_shapes: Sequence[Sequence[int] | None],
+    *args: Any,
+    out_shape: Sequence[Any],
+    **kwargs: Any,
+) -> int:
+    product = conv_flop_count(list(x_shape), list(weight_shape), list(out_shape[0]), transposed=False)
+    return int(product) + mode_product_flops(x_shape, ranks_of(factor_shapes, side=1))
+
+
+define(
+    "convolution(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
+    'Tensor?[] factors, int core_bits=0, str padding_mode="zeros") -> (Tensor, Tensor)',
+    reference=_convolution_reference,
+    fake=_convolution_fake,
+    autograd=_convolution_autograd,
+    autocast=_convolution_autocast,
+    flops=_convolution_flops,
+)
