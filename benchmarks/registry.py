@@ -1,0 +1,95 @@
+"""The registry of suites and cases that the runner, the tables and the README read."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.environment import Environment
+from benchmarks.results import Row
+from benchmarks.tables import Table, generic_plot, generic_tables
+from benchmarks.timing import QUICK, Effort
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a case may depend on.
+
+    Attributes:
+        suite: name of the running suite.
+        case: name of the running case.
+        environment: goes into every row.
+        quick: cut the case down to a smoke test.
+        seed: seed of random numbers.
+    """
+
+    suite: str
+    case: str
+    environment: Environment
+    quick: bool = False
+    seed: int = 0
+
+    @property
+    def effort(self) -> Effort:
+        """How long to measure."""
+        return QUICK if self.quick else Effort()
+
+
+Measure = Callable[[Context], list[Row]]
+
+
+@dataclass
+class Suite:
+    """A named set of cases and the way their rows are shown.
+
+    Attributes:
+        name: the suite's name; its results lie in a folder of this name.
+        title: heading of its tables.
+        command: command that measures the suite.
+        cases: measuring functions by name, in the order in which they run.
+        tables: tables of a list of rows.
+        plot: draws a list of rows to a file.
+    """
+
+    name: str
+    title: str
+    command: str
+    cases: dict[str, Measure] = field(default_factory=dict)
+    tables: Callable[[list[Row]], list[Table]] = generic_tables
+    plot: Callable[[list[Row], Path], None] = generic_plot
+
+    def case(self, name: str) -> Callable[[Measure], Measure]:
+        """Decorator that adds a measuring function under `name`.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+
+        def add(measure: Measure) -> Measure:
+            if name in self.cases:
+                raise ValueError(f"suite {self.name} has two cases named {name}")
+            self.cases[name] = measure
+            return measure
+
+        return add
+
+    def select(self, pattern: str) -> list[str]:
+        """Names of the cases that match a shell pattern, in order."""
+        return [name for name in self.cases if fnmatch.fnmatchcase(name, pattern)]
+
+
+SUITES: dict[str, Suite] = {}
+
+
+def register(suite: Suite) -> Suite:
+    """Makes a suite known to the runner, the tables and the README.
+
+    Raises:
+        ValueError: another suite has its name.
+    """
+    if suite.name in SUITES:
+        raise ValueError(f"two suites are named {suite.name}")
+    SUITES[suite.name] = suite
+    return suite

@@ -1,0 +1,92 @@
+"""How the rows of the suite `cpu` are shown: what was reached beside each target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.results import Row
+from benchmarks.tables import (
+    Table,
+    environment_text,
+    generic_plot,
+    missed,
+    new_figure,
+    ratio_text,
+    save_figure,
+    significant,
+    value_text,
+)
+
+QUESTIONS = {
+    "weight gradient": "Projection plus weight gradient over the dense weight gradient",
+    "whole step": "Whole step (forward pass, both gradients) over plain PyTorch",
+    "projection": "Projection over the published layer's (a clone, then one `tensordot` a mode)",
+    "over published": "Projection plus weight gradient over the published layer's",
+    "calibration": "Calibration of a batch over a forward pass",
+    "model step": "Whole training step of a model over plain PyTorch",
+    "growth": "Growth: log-log slope of time over elements of the input, 1 to 64 times",
+}
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """One table a question: the ratio that was reached beside its target."""
+    found = []
+    for question, title in QUESTIONS.items():
+        chosen = [row for row in rows if row.case.split(":", 1)[0] == question]
+        if chosen:
+            found.append(_growth_table(title, chosen) if question == "growth" else _ratio_table(title, chosen))
+    if found:
+        found[-1].caption = " ".join(
+            part
+            for part in (
+                found[-1].caption,
+                "Ratios are medians (10th to 90th percentile) over rounds in which all methods of a case ran side by "
+                "side; float32, the batch mode kept.",
+                environment_text(rows),
+            )
+            if part
+        )
+    return found
+
+
+def _ratio_table(title: str, rows: list[Row]) -> Table:
+    table = Table(title, ("case", "method", "time", "ratio", "target"))
+    for row in rows:
+        case = row.case.split(": ", 1)[1]
+        target = "" if row.target is None else f"at most {row.target:g}" + (", missed" if missed(row) else ", met")
+        ratio = "1" if row.baseline is None else ratio_text(row)
+        table.rows.append((case, row.method, value_text(row.median, row.unit), ratio, target))
+    notes = {row.details["note"]: None for row in rows if "note" in row.details}
+    table.caption = " ".join(notes)
+    return table
+
+
+def _growth_table(title: str, rows: list[Row]) -> Table:
+    table = Table(title, ("kernel", "shortest", "longest", "slope", "target"))
+    for row in (row for row in rows if row.quantity == "slope"):
+        times = row.details["seconds"]
+        table.rows.append(
+            (
+                row.case.split(": ", 1)[1],
+                value_text(times[0], "s"),
+                value_text(times[-1], "s"),
+                f"{significant(row.median)} ({significant(row.p10)} to {significant(row.p90)})",
+                f"at most {row.target:g}" + (", missed" if missed(row) else ", met"),
+            )
+        )
+    return table
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Bars of the ratios beside their targets; growth in `growth.png` beside it."""
+    generic_plot([row for row in rows if row.target is not None and row.quantity == "time"], path)
+    growth = [row for row in rows if row.quantity == "slope"]
+    if growth:
+        figure, axes = new_figure(width=7.0, height=4.5)
+        for row in growth:
+            label = f"{row.case.split(': ', 1)[1]}, slope {row.median:.2f}"
+            axes.loglog(row.details["elements"], row.details["seconds"], marker=".", label=label)
+        axes.set_xlabel("elements of the input")
+        axes.set_ylabel("seconds")
+        axes.legend(fontsize=7)
+        save_figure(figure, path.with_name("growth.png"))
