@@ -1,5 +1,6 @@
 """Low-rank activation compression for PyTorch: exact forward, weight gradients from small Tucker cores."""
 
 from lance_kernels import ops
+from lance_kernels._extension import build_info
 
-__all__ = ["ops"]
+__all__ = ["build_info", "ops"]

@@ -1,0 +1,87 @@
+# make test | lint | demo | bench | sanitize | fuzz | aarch64 | gpu | clean: each does its own set-up.
+#   PYTHON=python3.12   interpreter the virtual environment is made with (3.10 or newer)
+#   VENV=.venv          where it is
+#   PYTEST_ARGS=...     further arguments for pytest
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PY := $(abspath $(BIN))/python
+# A change of what is installed gives the stamp another name, so only that reinstalls.
+INSTALLED := $(VENV)/.installed-$(shell cat constraints.txt pyproject.toml setup.py | sha256sum | cut -c1-16)
+SOURCES := $(wildcard csrc/*/*) setup.py
+COMPILED := build/.compiled
+CXX_FILES = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/csrc/*.cpp)
+# Test processes; each of them runs PyTorch on one or two threads.
+JOBS ?= 2
+
+.PHONY: all venv build test lint format demo bench sanitize fuzz aarch64 cmake gpu clean
+
+all: build
+
+venv: $(INSTALLED)
+
+$(INSTALLED): constraints.txt pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -c constraints.txt setuptools ninja pybind11 torch numpy
+	LANCE_BUILD_EXT=0 $(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+build: $(COMPILED)
+
+$(COMPILED): $(INSTALLED) $(SOURCES)
+	LANCE_REQUIRE_EXT=1 PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
+	mkdir -p build && touch $@
+
+test: build
+	$(PY) -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+demo: build
+	$(PY) -m benchmarks.demo
+
+bench: build
+	$(PY) -m benchmarks
+
+cmake: $(INSTALLED)
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cmake -G Ninja -DPython3_EXECUTABLE=$(PY)
+	cmake --build build/cmake
+	ctest --test-dir build/cmake --output-on-failure
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, driven by their own tests. Leaks are not looked
+# for: Python and PyTorch keep memory until the process ends.
+sanitize: $(INSTALLED)
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DPython3_EXECUTABLE=$(PY) \
+		-DLANCE_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake --build build/sanitize
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LANCE_CPU_LIBRARY=$(abspath build/sanitize/lance_cpu.so) \
+		$(PY) -m pytest -q -p no:cacheprovider tests/csrc $(PYTEST_ARGS)
+
+# Hypothesis with many more examples than `make test` draws.
+fuzz: build
+	LANCE_EXAMPLES=2000 $(PY) -m pytest -q -n $(JOBS) tests/csrc tests/ops $(PYTEST_ARGS)
+
+aarch64: $(INSTALLED)
+	.ci/aarch64 $(PY)
+
+# On a machine with a GPU: compiles csrc/cuda, then runs every test that wants the device.
+gpu: build
+	$(PY) -c "import torch; assert torch.cuda.is_available(), 'no GPU that this PyTorch can use'"
+	$(PY) -m pytest -q -k "cuda or gpu" $(PYTEST_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info lance_kernels/*.so

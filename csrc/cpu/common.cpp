@@ -1,0 +1,29 @@
+#include "common.h"
+
+namespace lance {
+
+void check_factors(const char* operation, const char* argument, const Tensor& tensor, const Factors& factors,
+                   int64_t side) {
+  check_floating(operation, argument, tensor);
+  const Sizes sizes = sizes_of(tensor);
+  if (factors.size() != sizes.size()) {
+    check(false, "lance::", operation, ": factors has ", factors.size(), " entries; expected one a mode of ", argument,
+          ", whose shape is ", shape_string(sizes));
+  }
+  for (size_t mode = 0; mode < factors.size(); ++mode) {
+    if (!factors[mode].has_value()) {
+      continue;
+    }
+    const Tensor& factor = *factors[mode];
+    const std::string name = "factors[" + std::to_string(mode) + "]";
+    check_floating(operation, name, factor);
+    check(factor.dim() == 2 && factor.size(1) > 0, "lance::", operation, ": ", name, " has shape ",
+          shape_string(factor), "; expected (size, rank) with rank >= 1");
+    check(factor.size(side) == sizes[mode], "lance::", operation, ": ", name, " has shape ", shape_string(factor),
+          ", its ", side ? "rank" : "size", " should be that of mode ", mode, " of ", argument, ", whose shape is ",
+          shape_string(sizes));
+    check(factor.is_cpu(), "lance::", operation, ": ", name, " is not on cpu; expected cpu, where ", argument, " is");
+  }
+}
+
+}  // namespace lance
