@@ -1,6 +1,20 @@
 """Low-rank activation compression for PyTorch: exact forward, weight gradients from small Tucker cores."""
 
-from lance_kernels import ops
+from lance_kernels import nn, ops
 from lance_kernels._extension import build_info
+from lance_kernels.calibrate import Calibration, calibrate
+from lance_kernels.config import LanceConfig
+from lance_kernels.convert import Summary, compress_, exact, revert_
 
-__all__ = ["build_info", "ops"]
+__all__ = [
+    "Calibration",
+    "LanceConfig",
+    "Summary",
+    "build_info",
+    "calibrate",
+    "compress_",
+    "exact",
+    "nn",
+    "ops",
+    "revert_",
+]

@@ -1,0 +1,103 @@
+"""What to compress and how far: `LanceConfig`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+RankRule = float | int | Sequence[int | None]
+
+
+@dataclass(frozen=True)
+class LanceConfig:
+    """How `compress_` and `calibrate` treat a model.
+
+    A module pattern is a module's full name, its last parts (`"conv1"` matches `"layer1.0.conv1"`), or a regular
+    expression that matches the full name.
+
+    Attributes:
+        energy: fraction of a mode's energy (sum of squares) that its factor keeps, in (0, 1].
+        core_bits: 8, 4 or 2 bits a value of the core; None keeps the dtype of the input.
+        batch_mode: "keep" stores every sample's core; "fixed" compresses the batch mode too, as published.
+        companions: which neighbours of the compressed layers are swapped for forms that hold less: "none", "exact"
+            (those whose gradient is exact) or "quantized" (all).
+        target_modules: patterns of the modules to compress; None for all.
+        exclude_modules: patterns of the modules to leave alone, companions included.
+        rank_pattern: by module pattern, an energy (float), a largest rank (int) or one rank or None a mode; the first
+            pattern that matches counts.
+        max_rank: largest rank of any mode, or None.
+        rank_multiple: ranks of modes of size 64 or more are rounded up to a multiple of this.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    energy: float = 0.85
+    core_bits: Literal[8, 4, 2] | None = 4
+    batch_mode: Literal["keep", "fixed"] = "keep"
+    companions: Literal["none", "exact", "quantized"] = "exact"
+    target_modules: Sequence[str] | None = None
+    exclude_modules: Sequence[str] = ()
+    rank_pattern: Mapping[str, RankRule] = field(default_factory=dict)
+    max_rank: int | None = None
+    rank_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        _require(0 < self.energy <= 1, "energy", self.energy, "a number in (0, 1]")
+        _require(self.core_bits in (8, 4, 2, None), "core_bits", self.core_bits, "8, 4, 2 or None")
+        _require(self.batch_mode in ("keep", "fixed"), "batch_mode", self.batch_mode, '"keep" or "fixed"')
+        _require(
+            self.companions in ("none", "exact", "quantized"),
+            "companions",
+            self.companions,
+            '"none", "exact" or "quantized"',
+        )
+        _require(self.max_rank is None or self.max_rank >= 1, "max_rank", self.max_rank, "at least 1, or None")
+        _require(self.rank_multiple >= 1, "rank_multiple", self.rank_multiple, "at least 1")
+        for name, patterns in (("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)):
+            _require(not isinstance(patterns, str), name, patterns, "a sequence of patterns, not one string")
+            for pattern in patterns or ():
+                _require(_compiles(pattern), name, pattern, "module names or regular expressions")
+        for pattern, rule in self.rank_pattern.items():
+            _require(_compiles(pattern), "rank_pattern", pattern, "module names or regular expressions as keys")
+            _require(_is_rank_rule(rule), f"rank_pattern[{pattern!r}]", rule, "an energy, a rank, or one rank a mode")
+
+    @classmethod
+    def published(cls, energy: float = 0.7) -> LanceConfig:
+        """The form of arXiv 2509.21617: batch mode compressed, cores in full precision, no companions."""
+        return cls(energy=energy, core_bits=None, batch_mode="fixed", companions="none")
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a module's full name matches any of the patterns, as `LanceConfig` defines them."""
+    return any(
+        name == pattern or name.endswith(f".{pattern}") or re.fullmatch(pattern, name) is not None
+        for pattern in patterns
+    )
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"LanceConfig: {name} is {value!r}; expected {expected}")
+
+
+def _compiles(pattern: object) -> bool:
+    try:
+        re.compile(pattern)  # type: ignore[call-overload]
+    except (re.error, TypeError):
+        return False
+    return True
+
+
+def _is_rank_rule(rule: object) -> bool:
+    if isinstance(rule, bool):
+        return False
+    if isinstance(rule, float):
+        return 0 < rule <= 1
+    if isinstance(rule, int):
+        return rule >= 1
+    return isinstance(rule, Sequence) and all(
+        rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1) for rank in rule
+    )

@@ -1,0 +1,157 @@
+"""Turning a model's layers into compressed ones in place, and back: `compress_`, `revert_`, `exact`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import lance_kernels.nn as lance_nn
+from lance_kernels.config import LanceConfig, matches
+from lance_kernels.nn._compressed import CompressedLayer
+
+COMPRESSED: dict[type[nn.Module], type[CompressedLayer]] = {
+    layer.plain_type: layer for layer in (lance_nn.Linear, lance_nn.Conv1d, lance_nn.Conv2d, lance_nn.Conv3d)
+}
+
+
+@dataclass
+class Summary:
+    """What `compress_` did.
+
+    Attributes:
+        compressed: names of the layers that are compressed now, with their type's name.
+        left: names of the linear and convolution layers left alone, with the reason.
+    """
+
+    compressed: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.compressed)} layers compressed, {len(self.left)} left alone"]
+        lines += [f"  {name or '(root)'}: {kind}" for name, kind in self.compressed.items()]
+        lines += [f"  {name or '(root)'}: left alone, {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines)
+
+
+def compress_(
+    model: nn.Module,
+    config: LanceConfig | None = None,
+    *,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> Summary:
+    """Swaps a model's linear and convolution layers, in place, for layers that can keep a core of their input.
+
+    A layer's class changes and nothing else: parameters, hooks, names and an optimizer that holds the parameters stay
+    valid. Until `calibrate` gives it factors, a swapped layer computes and holds what its plain namesake does.
+
+    Args:
+        model: the model; its root may itself be a layer.
+        config: which layers, and how far; `LanceConfig()` by default. `calibrate` reads it again.
+        filter_fn: called with every candidate and its name; False leaves the layer alone.
+
+    Returns:
+        What was compressed, and what was left alone and why.
+
+    Raises:
+        TypeError: `model` is not a module, or `config` not a `LanceConfig`.
+        ValueError: the model is compressed already.
+    """
+    config = LanceConfig() if config is None else config
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compress_: model is a {type(model).__name__}; expected a torch.nn.Module")
+    if not isinstance(config, LanceConfig):
+        raise TypeError(f"compress_: config is a {type(config).__name__}; expected a LanceConfig")
+    if any(True for _ in compressed_layers(model)):
+        raise ValueError("compress_: model has compressed layers already; expected a plain model (call revert_ first)")
+    summary = Summary()
+    for name, module in list(model.named_modules()):
+        if not _is_candidate(module):
+            continue
+        reason = _reason_to_leave(module, name, config, filter_fn)
+        if reason is not None:
+            summary.left[name] = reason
+            continue
+        layer = COMPRESSED[type(module)]
+        module.__class__ = layer
+        assert isinstance(module, CompressedLayer)
+        module.lance_initialize(config)
+        summary.compressed[name] = layer.__name__
+    return summary
+
+
+def revert_(model: nn.Module) -> nn.Module:
+    """Gives back plain `torch.nn` modules, in place; factors are dropped, parameters stay.
+
+    Args:
+        model: a model that `compress_` changed; a plain one stays as it is.
+
+    Returns:
+        `model`.
+    """
+    for _, layer in list(compressed_layers(model)):
+        layer.lance_clear_factors()
+        for attribute in [name for name in vars(layer) if name.startswith(("lance_", "_lance_"))]:
+            delattr(layer, attribute)
+        module: nn.Module = layer
+        module.__class__ = layer.plain_type
+    return model
+
+
+@contextmanager
+def exact(model: nn.Module) -> Iterator[None]:
+    """Within this context the model's compressed layers keep their whole input and give dense gradients.
+
+    Args:
+        model: a model that `compress_` changed.
+    """
+    layers = [layer for _, layer in compressed_layers(model)]
+    before = [layer.lance_exact for layer in layers]
+    for layer in layers:
+        layer.lance_exact = True
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before):
+            layer.lance_exact = value
+
+
+def compressed_layers(model: nn.Module) -> Iterator[tuple[str, CompressedLayer]]:
+    """The model's compressed layers with their names, each once."""
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLayer):
+            yield name, module
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    # Quantized layers of torch.ao are no subclasses of the plain ones, but a reader expects to see them named.
+    layer = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+    return layer or (type(module).__module__.startswith("torch.ao.") and hasattr(module, "weight"))
+
+
+def _reason_to_leave(
+    module: nn.Module, name: str, config: LanceConfig, filter_fn: Callable[[nn.Module, str], bool] | None
+) -> str | None:
+    if type(module).__module__.startswith("torch.ao."):
+        return f"quantized ({type(module).__name__})"
+    if parametrize.is_parametrized(module):
+        return "parametrized"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "lazy, not initialized yet"
+    if type(module) not in COMPRESSED:
+        return f"subclassed or of another kind ({type(module).__name__})"
+    if config.target_modules is not None and not matches(name, config.target_modules):
+        return "not in target_modules"
+    if matches(name, config.exclude_modules):
+        return "excluded"
+    if filter_fn is not None and not filter_fn(module, name):
+        return "filter_fn said no"
+    if not isinstance(module.weight, torch.Tensor) or not module.weight.is_floating_point():
+        return "quantized weight"
+    if not module.weight.requires_grad:
+        return "frozen weight"
+    return None

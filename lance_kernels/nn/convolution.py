@@ -1,0 +1,84 @@
+"""`torch.nn.Conv1d`, `Conv2d` and `Conv3d` that keep a core of their input."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from lance_kernels.nn._compressed import CompressedLayer
+
+
+class _Convolution(CompressedLayer, nn.modules.conv._ConvNd):
+    """The convolution layers' forward; a subclass names its plain type and the modes of a batched input."""
+
+    batched_dim: ClassVar[int]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolution of `x`, `(B, C, *S)` or `(C, *S)`."""
+        batched = x.dim() == self.batched_dim
+        size = x.shape if batched else (1, *x.shape)
+        factors = self.lance_factors_for(size) if self.lance_keeps_core() else None
+        if factors is None:
+            y: torch.Tensor = super().forward(x)
+            return y
+        y = torch.ops.lance.convolution(
+            x if batched else x.unsqueeze(0),
+            self.weight,
+            self.bias,
+            self.stride,
+            self.lance_padding(),
+            self.dilation,
+            self.groups,
+            factors,
+            self.lance_core_bits,
+            self.padding_mode,
+        )[0]
+        return y if batched else y.squeeze(0)
+
+    def lance_padding(self) -> list[int]:
+        """The padding as numbers: two a spatial mode (before, after)."""
+        # torch keeps it last mode first, as torch.nn.functional.pad wants it.
+        reversed_pairs = self._reversed_padding_repeated_twice
+        pairs = zip(reversed_pairs[0::2], reversed_pairs[1::2])
+        return [int(amount) for pair in reversed(list(pairs)) for amount in pair]
+
+
+class Conv1d(_Convolution, nn.Conv1d):
+    """`torch.nn.Conv1d` whose weight gradient comes from a Tucker core of the input; forward and input gradient exact.
+
+    Args:
+        *args: as `torch.nn.Conv1d`.
+        config: how far to compress; `LanceConfig()` by default.
+        **kwargs: as `torch.nn.Conv1d`.
+    """
+
+    plain_type = nn.Conv1d
+    batched_dim = 3
+
+
+class Conv2d(_Convolution, nn.Conv2d):
+    """`torch.nn.Conv2d` whose weight gradient comes from a Tucker core of the input; forward and input gradient exact.
+
+    Args:
+        *args: as `torch.nn.Conv2d`.
+        config: how far to compress; `LanceConfig()` by default.
+        **kwargs: as `torch.nn.Conv2d`.
+    """
+
+    plain_type = nn.Conv2d
+    batched_dim = 4
+
+
+class Conv3d(_Convolution, nn.Conv3d):
+    """`torch.nn.Conv3d` whose weight gradient comes from a Tucker core of the input; forward and input gradient exact.
+
+    Args:
+        *args: as `torch.nn.Conv3d`.
+        config: how far to compress; `LanceConfig()` by default.
+        **kwargs: as `torch.nn.Conv3d`.
+    """
+
+    plain_type = nn.Conv3d
+    batched_dim = 5

@@ -1,0 +1,28 @@
+"""`torch.nn.Linear` that keeps a core of its input."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lance_kernels.nn._compressed import CompressedLayer
+
+
+class Linear(CompressedLayer, nn.Linear):
+    """`torch.nn.Linear` whose weight gradient comes from a Tucker core of the input; forward and input gradient exact.
+
+    Args:
+        *args: as `torch.nn.Linear`.
+        config: how far to compress; `LanceConfig()` by default.
+        **kwargs: as `torch.nn.Linear`.
+    """
+
+    plain_type = nn.Linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x @ weight^T + bias` for `x` of shape `(..., in_features)`."""
+        factors = self.lance_factors_for(x.shape) if self.lance_keeps_core() else None
+        if factors is None:
+            return super().forward(x)
+        y: torch.Tensor = torch.ops.lance.linear(x, self.weight, self.bias, factors, self.lance_core_bits)[0]
+        return y
