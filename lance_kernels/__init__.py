@@ -5,16 +5,20 @@ from lance_kernels._extension import build_info
 from lance_kernels.calibrate import Calibration, calibrate
 from lance_kernels.config import LanceConfig
 from lance_kernels.convert import Summary, compress_, exact, revert_
+from lance_kernels.report import Report, held_bytes, report
 
 __all__ = [
     "Calibration",
     "LanceConfig",
+    "Report",
     "Summary",
     "build_info",
     "calibrate",
     "compress_",
     "exact",
+    "held_bytes",
     "nn",
     "ops",
+    "report",
     "revert_",
 ]

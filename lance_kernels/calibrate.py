@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from lance_kernels._batches import run_model, to_device_of
 from lance_kernels.config import LanceConfig
 from lance_kernels.convert import compressed_layers
 from lance_kernels.nn._compressed import CompressedLayer
@@ -198,15 +199,14 @@ def calibrate(
     handles = [
         layer.register_forward_pre_hook(_collect(running[name]), with_kwargs=True) for name, layer in layers.items()
     ]
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    run = forward_fn or _default_forward
+    run = forward_fn or run_model
     batches = 0
     try:
         with _eval_mode(model), torch.no_grad():
             total = max_batches if max_batches is not None else getattr(loader, "__len__", lambda: None)()
             with tqdm(total=total, desc="calibrating", unit="batch", disable=not progress, leave=False) as bar:
                 for batch in loader:
-                    run(model, batch if forward_fn is not None else _to_device(batch, device))
+                    run(model, batch if forward_fn is not None else to_device_of(model, batch))
                     batches += 1
                     bar.update()
                     if batches == max_batches:
@@ -235,24 +235,6 @@ def _collect(grams: _Grams) -> Callable[[nn.Module, tuple[Any, ...], dict[str, A
         grams.update(args[0] if args else next(iter(kwargs.values())))
 
     return hook
-
-
-def _default_forward(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(batch[0])
-    return model(batch)
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return [_to_device(value, device) for value in batch]
-    return batch
 
 
 @contextmanager
