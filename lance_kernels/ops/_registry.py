@@ -27,6 +27,7 @@ def define(
     autograd: Kernel | None = None,
     autocast: Kernel | None = None,
     flops: Kernel | None = None,
+    tags: tuple[torch.Tag, ...] = (),
 ) -> None:
     """Registers one operator of the `lance` namespace.
 
@@ -38,9 +39,10 @@ def define(
         autocast: kernel of the `AutocastCPU` and `AutocastCUDA` keys; it calls the operator again under
             `without_autocast()`.
         flops: floating point operations from the shapes of the arguments, as `torch.utils.flop_counter` wants them.
+        tags: tags beside `pt2_compliant_tag`, such as `nondeterministic_seeded`.
     """
     name = schema.split("(", 1)[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lance::{name}", fake, lib=LIBRARY)
     if autograd is not None:
@@ -101,8 +103,8 @@ def once_differentiable(name: str) -> Callable[[Kernel], Kernel]:
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
             raise RuntimeError(
-                f"lance::{name} is differentiable once: its weight gradient comes from a compressed input, which has "
-                "no second derivative; use lance_kernels.exact(model) for double backward"
+                f"lance::{name} is differentiable once: what it keeps of its input is compressed and has no second "
+                "derivative; use lance_kernels.exact(model) for double backward"
             )
 
     def decorate(backward: Kernel) -> Kernel:

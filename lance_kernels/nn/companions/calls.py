@@ -1,0 +1,184 @@
+"""Functional calls inside a model's own modules: which function is replaced by what, and how the calls are caught.
+
+A module with a `forward` of its own gets, in place, a subclass whose `forward` runs within a `CompanionMode`, which
+replaces the calls of the functions in its table. The mode is entered anew by every such module, so what
+`torch.utils.checkpoint` runs again in backward enters it again. A checkpointed function that is no module's `forward`
+(a closure, say) is run again outside of any mode; its direct calls are left as they are, both times.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from lance_kernels.nn.companions import functional as companion
+
+Table = Mapping[Any, Callable[..., Any]]
+
+
+def _relu_(input: torch.Tensor) -> torch.Tensor:
+    return companion.relu(input, inplace=True)
+
+
+def _relu(input: torch.Tensor) -> torch.Tensor:
+    return companion.relu(input)
+
+
+def _hardtanh_(input: torch.Tensor, min_val: float = -1.0, max_val: float = 1.0) -> torch.Tensor:
+    return companion.hardtanh(input, min_val, max_val, inplace=True)
+
+
+def _leaky_relu_(input: torch.Tensor, negative_slope: float = 0.01) -> torch.Tensor:
+    return companion.leaky_relu(input, negative_slope, inplace=True)
+
+
+def _torch_dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    return companion.dropout(input, p, train)
+
+
+def _torch_max_pool2d(input: torch.Tensor, kernel_size: Any, stride: Any = None, *args: Any, **kwargs: Any) -> Any:
+    return companion.max_pool2d(input, kernel_size, stride, *args, **kwargs)
+
+
+EXACT_CALLS: dict[Any, Callable[..., Any]] = {
+    F.relu: companion.relu,
+    torch.relu: _relu,
+    torch.Tensor.relu: _relu,
+    torch.relu_: _relu_,
+    torch.Tensor.relu_: _relu_,
+    F.relu6: companion.relu6,
+    F.hardtanh: companion.hardtanh,
+    F.hardtanh_: _hardtanh_,
+    F.leaky_relu: companion.leaky_relu,
+    F.leaky_relu_: _leaky_relu_,
+    F.dropout: companion.dropout,
+    torch.dropout: _torch_dropout,
+    F.batch_norm: companion.batch_norm,
+    F.max_pool1d: companion.max_pool1d,
+    F.max_pool2d: companion.max_pool2d,
+    F.max_pool3d: companion.max_pool3d,
+    torch.max_pool1d: companion.max_pool1d,
+    torch.max_pool2d: companion.max_pool2d,
+    torch.max_pool3d: companion.max_pool3d,
+    F.avg_pool1d: companion.avg_pool1d,
+    F.avg_pool2d: companion.avg_pool2d,
+    F.avg_pool3d: companion.avg_pool3d,
+    F.adaptive_avg_pool1d: companion.adaptive_avg_pool1d,
+    F.adaptive_avg_pool2d: companion.adaptive_avg_pool2d,
+    F.adaptive_avg_pool3d: companion.adaptive_avg_pool3d,
+    F.conv1d: companion.conv1d,
+    F.conv2d: companion.conv2d,
+    F.conv3d: companion.conv3d,
+    F.conv_transpose1d: companion.conv_transpose1d,
+    F.conv_transpose2d: companion.conv_transpose2d,
+    F.conv_transpose3d: companion.conv_transpose3d,
+}
+
+CALLS: dict[str, dict[Any, Callable[..., Any]]] = {"exact": EXACT_CALLS}
+
+
+def _saving_hook() -> Any:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+class CompanionMode(TorchFunctionMode):
+    """Replaces the calls of one level's table while it is active.
+
+    Args:
+        level: the level of companions, a key of `CALLS`.
+    """
+
+    def __init__(self, level: str) -> None:
+        super().__init__()
+        self.level = level
+        self.table = CALLS[level]
+        self.hook = None if torch.compiler.is_compiling() else _saving_hook()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        replacement = self.table.get(func)
+        if replacement is None or self.in_foreign_checkpoint() or (kwargs and "out" in kwargs):
+            return func(*args, **(kwargs or {}))
+        return replacement(*args, **(kwargs or {}))
+
+    def in_foreign_checkpoint(self) -> bool:
+        """Whether a checkpointed function was entered since, which will be run again outside of this mode."""
+        if torch.compiler.is_compiling():
+            return False
+        hook = _saving_hook()
+        return hook is not self.hook and getattr(hook, "__module__", None) == "torch.utils.checkpoint"
+
+
+def companion_calls(level: str) -> AbstractContextManager[Any]:
+    """A `CompanionMode` of `level`, or nothing where one that serves is already active."""
+    if not torch.compiler.is_compiling():
+        depth = torch._C._len_torch_function_stack()
+        active = torch._C._get_function_stack_at(depth - 1) if depth else None
+        if isinstance(active, CompanionMode) and active.level == level and active.hook is _saving_hook():
+            return nullcontext()
+    return CompanionMode(level)
+
+
+class WithCompanionCalls:
+    """Marks the subclasses that `with_companion_calls` makes.
+
+    Attributes:
+        lance_plain_type: the class before.
+        lance_level: the level of companions.
+    """
+
+    lance_plain_type: type[nn.Module]
+    lance_level: str
+
+
+def _rebuild(plain_type: type[nn.Module], level: str) -> nn.Module:
+    subclass = with_companion_calls(plain_type, level)
+    return subclass.__new__(subclass)
+
+
+_SUBCLASSES: dict[Any, type[nn.Module]] = {}
+
+
+def with_companion_calls(plain_type: type[nn.Module], level: str) -> type[nn.Module]:
+    """The subclass of `plain_type` whose `forward` runs within a `CompanionMode` of `level`, made once."""
+    key = (plain_type, level)
+    if key not in _SUBCLASSES:
+        _SUBCLASSES[key] = _make_subclass(plain_type, level)
+    return _SUBCLASSES[key]
+
+
+def _make_subclass(plain_type: type[nn.Module], level: str) -> type[nn.Module]:
+    @functools.wraps(plain_type.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with companion_calls(level):
+            return plain_type.forward(self, *args, **kwargs)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807
+        # Pickle finds a class by its name, which is the plain one's; copies are made the same way.
+        reduced = plain_type.__reduce_ex__(self, protocol)
+        if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        return (_rebuild, (plain_type, level), *reduced[2:])
+
+    members = {
+        "forward": forward,
+        "__reduce_ex__": __reduce_ex__,
+        "lance_plain_type": plain_type,
+        "lance_level": level,
+        "__module__": plain_type.__module__,
+        "__qualname__": plain_type.__qualname__,
+        "__doc__": plain_type.__doc__,
+    }
+    metaclass: Any = type(plain_type)
+    subclass: type[nn.Module] = metaclass(plain_type.__name__, (plain_type, WithCompanionCalls), members)
+    return subclass
