@@ -115,9 +115,10 @@ def read_archive(path: Path) -> Images:
     if not path.is_file():
         raise DataError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path}: holds a single array; expected an npz file")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise DataError(f"{path}: holds a single array; expected an npz file")
+        with archive:
             keys = set(archive.files)
             if keys.issuperset(JPEG_KEYS):
                 arrays = {key: archive[key] for key in JPEG_KEYS}

@@ -11,7 +11,7 @@ import copy
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ class Outcome:
     first: dict[str, Any]
     last: dict[str, Any]
     model: nn.Module
+    config: lance.LanceConfig | None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,37 +122,43 @@ def _fine_tune_all(
 ) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
     for method in (PLAIN, PUBLISHED, OURS, OURS_SMALL):
-        model = copy.deepcopy(start)
+        model, config = copy.deepcopy(start), None
         if method == PUBLISHED:
-            _compress(model, lance.LanceConfig.published(energy=0.7, target_modules=names), data, settings, seed)
+            config = replace(lance.LanceConfig.published(energy=0.7), target_modules=names)
         elif method == OURS:
-            _compress(model, lance.LanceConfig(target_modules=names), data, settings, seed)
+            config = lance.LanceConfig(target_modules=names)
         elif method == OURS_SMALL:
-            model = _compress_to(start, names, outcomes[PUBLISHED].first["counted_bytes"], data, settings, seed)
+            config = _within(start, names, outcomes[PUBLISHED].first["counted_bytes"], data, settings, seed)
+        if config is not None:
+            _compress(model, config, data, settings, seed)
         before = _report(model, data, settings, seed)
         curve = train(model, data, settings.finetune, seed, f"seed {seed}: {method}", frozen_norms=True)
-        outcomes[method] = Outcome(curve, before, _report(model, data, settings, seed), model)
+        outcomes[method] = Outcome(curve, before, _report(model, data, settings, seed), model, config)
     return outcomes
 
 
-def _compress(model: nn.Module, config: lance.LanceConfig, data: Images, settings: Settings, seed: int) -> None:
+def _compress(
+    model: nn.Module, config: lance.LanceConfig, data: Images, settings: Settings, seed: int
+) -> lance.Calibration:
     """Compresses and calibrates `model` on training batches."""
     lance.compress_(model, config)
     generator = torch.Generator().manual_seed(seed)
     loader = [images for images, _ in batches(data.train, settings.finetune.batch, generator)]
-    lance.calibrate(model, loader, max_batches=settings.calibration_batches)
+    return lance.calibrate(model, loader, max_batches=min(settings.calibration_batches, len(loader)))
 
 
-def _compress_to(
+def _within(
     start: ResidualNetwork, names: list[str], most_bytes: int, data: Images, settings: Settings, seed: int
-) -> nn.Module:
-    """A copy of `start` compressed at the highest energy whose counted bytes are at most `most_bytes`."""
+) -> lance.LanceConfig:
+    """Our form at the highest energy whose counted bytes are at most `most_bytes`."""
+    model, config = copy.deepcopy(start), lance.LanceConfig(target_modules=names)
+    calibration = _compress(model, config, data, settings, seed)
     for energy in FALLING_ENERGIES:
-        model = copy.deepcopy(start)
-        _compress(model, lance.LanceConfig(energy=energy, target_modules=names), data, settings, seed)
+        config = replace(config, energy=energy)
+        calibration.apply(model, config)
         if _report(model, data, settings, seed, count=1)["counted_bytes"] <= most_bytes:
             break
-    return model
+    return config
 
 
 def _report(model: nn.Module, data: Images, settings: Settings, seed: int, count: int | None = None) -> dict[str, Any]:
@@ -201,7 +208,7 @@ def _rows(
             "command": command,
             "layers": settings.layers,
             "compressed": layers,
-            "companions": _companions(outcomes[0][method].model),
+            **_config_details(outcomes[0][method], layers),
             "batch": settings.finetune.batch,
             "epochs": settings.finetune.epochs,
             "seeds": list(settings.seeds),
@@ -245,9 +252,15 @@ def _compression(report: dict[str, Any]) -> float:
     return report["dense_bytes"] / report["counted_bytes"] if report["counted_bytes"] else 1.0
 
 
-def _companions(model: nn.Module) -> str:
-    configs = [module.lance_config for module in model.modules() if hasattr(module, "lance_config")]
-    return str(configs[0].companions) if configs else "none"
+def _config_details(outcome: Outcome, layers: list[str]) -> dict[str, Any]:
+    """The form a method had; `companions` is what the model really got, not what was asked for."""
+    if outcome.config is None:
+        return {}
+    modules = {name: type(module).__module__ for name, module in outcome.model.named_modules()}
+    swapped = [name for name, origin in modules.items() if origin.startswith("lance_kernels.") and name not in layers]
+    names = ("energy", "core_bits", "batch_mode", "companions")
+    details = {name: getattr(outcome.config, name) for name in names}
+    return details if swapped else {**details, "companions": "none"}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from benchmarks.registry import Suite, register
 from benchmarks.results import Row
@@ -26,6 +27,8 @@ def _table(rows: list[Row]) -> Table:
         title=f"Fine-tuning on the other half of the classes: {rows[0].case}",
         columns=(
             "method",
+            "energy",
+            "core",
             "companions",
             "test accuracy",
             "counted bytes",
@@ -44,7 +47,7 @@ def _table(rows: list[Row]) -> Table:
         table.rows.append(
             (
                 method,
-                "" if method == methods[0] else details["companions"],
+                *_form(details),
                 f"{values[method, 'test accuracy'].median:.1f} %",
                 "-" if method == methods[0] else bytes_text(details["counted_bytes"]),
                 f"{significant(values[method, 'counted compression'].median)}x",
@@ -54,6 +57,14 @@ def _table(rows: list[Row]) -> Table:
             )
         )
     return table
+
+
+def _form(details: dict[str, Any]) -> tuple[str, str, str]:
+    """Energy, core and companions of a method, empty for plain backpropagation."""
+    if "energy" not in details:
+        return "", "", ""
+    core = f"{details['core_bits'] or 32} bits, batch {'kept' if details['batch_mode'] == 'keep' else 'fixed'}"
+    return f"{details['energy']:g}", core, details["companions"]
 
 
 def _caption(rows: list[Row], values: dict[tuple[str, str], Row], methods: list[str]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks import published
+from lance_kernels import ops
 
 Factors = list[torch.Tensor | None]
 
@@ -76,7 +77,7 @@ class Convolution:
 
     def weight_grad(self, tensors: Tensors, core: torch.Tensor) -> torch.Tensor:
         """Weight gradient from the core, by the operator."""
-        return torch.ops.lance.convolution_weight_grad(
+        return ops.convolution_weight_grad(
             tensors.grad, core, tensors.factors, list(tensors.weight.shape), *self.geometry
         )
 
@@ -95,7 +96,7 @@ class Convolution:
 
     def forward(self, tensors: Tensors) -> torch.Tensor:
         """Forward pass of the operator that keeps the core."""
-        return torch.ops.lance.convolution(tensors.x, tensors.weight, None, *self.geometry, tensors.factors)[0]
+        return ops.convolution(tensors.x, tensors.weight, None, *self.geometry, tensors.factors)[0]
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Linear:
 
     def weight_grad(self, tensors: Tensors, core: torch.Tensor) -> torch.Tensor:
         """Weight gradient from the core, by the operator."""
-        return torch.ops.lance.linear_weight_grad(tensors.grad, core, tensors.factors)
+        return ops.linear_weight_grad(tensors.grad, core, tensors.factors)
 
     def published_weight_grad(
         self, tensors: Tensors, core: torch.Tensor, *, features_last: bool = False
@@ -152,7 +153,7 @@ class Linear:
 
     def forward(self, tensors: Tensors) -> torch.Tensor:
         """Forward pass of the operator that keeps the core."""
-        return torch.ops.lance.linear(tensors.x, tensors.weight, None, tensors.factors)[0]
+        return ops.linear(tensors.x, tensors.weight, None, tensors.factors)[0]
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class Tensors:
 
     def project(self) -> torch.Tensor:
         """The core of `x`, by the operator."""
-        return torch.ops.lance.tucker_project(self.x, self.factors)
+        return ops.tucker_project(self.x, self.factors)
 
     def published_project(self) -> torch.Tensor:
         """The core of `x`, by the published layer's products."""

@@ -12,6 +12,7 @@ from benchmarks.registry import Context, Suite, register
 from benchmarks.results import Row, make_rows
 from benchmarks.suites import cpu_tables
 from benchmarks.timing import Effort, Method, interleave
+from lance_kernels import ops
 
 DENSE, OURS, PUBLISHED, PLAIN = "dense", "lance", "published", "plain"
 WEIGHT_GRAD_TARGETS = {layer.name: 0.15 if layer in (CONV_512, CONV_256, LINEAR_768) else 0.20 for layer in LAYERS}
@@ -121,7 +122,7 @@ def growth(kernel: str, layer: Layer, context: Context) -> list[Row]:
 
 def _kernel(name: str, layer: Layer, tensors: Tensors) -> Method:
     """A call of one operator."""
-    ops, x, factors, core = torch.ops.lance, tensors.x, tensors.factors, tensors.project()
+    x, factors, core = tensors.x, tensors.factors, tensors.project()
     modes = list(range(1, x.dim()))
     grams = [torch.zeros(x.shape[mode], x.shape[mode]) for mode in modes]
     return {

@@ -54,7 +54,8 @@ def _ratio_table(title: str, rows: list[Row]) -> Table:
     for row in rows:
         case = row.case.split(": ", 1)[1]
         target = "" if row.target is None else f"at most {row.target:g}" + (", missed" if missed(row) else ", met")
-        ratio = "1" if row.baseline is None else ratio_text(row)
+        baselines = {other.baseline for other in rows if other.case == row.case}
+        ratio = "1" if row.method in baselines else ratio_text(row)
         table.rows.append((case, row.method, value_text(row.median, row.unit), ratio, target))
     notes = {row.details["note"]: None for row in rows if "note" in row.details}
     table.caption = " ".join(notes)
