@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lance_kernels.ops._checks import accumulation_dtype, check, check_factors, factors_require_grad
-from lance_kernels.ops._registry import define
+from lance_kernels.ops._registry import apply, below_autograd, define
 
 Factors = Sequence[torch.Tensor | None]
 
@@ -92,17 +92,37 @@ def _reconstruct_fake(core: torch.Tensor, factors: Factors) -> torch.Tensor:
     return core.new_empty([size if factor is None else factor.shape[0] for size, factor in zip(core.shape, factors)])
 
 
-def _backward_with(operator: Any) -> Any:
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return operator(grad, list(ctx.saved_tensors)), None
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *factors: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(*factors)
+        with below_autograd():
+            return tucker_project(x, factors)
 
-    return backward
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return tucker_reconstruct(grad, ctx.saved_tensors), *[None] * len(ctx.saved_tensors)
 
 
-def _save_factors(ctx: Any, inputs: tuple[torch.Tensor, Factors], output: torch.Tensor) -> None:
-    _, factors = inputs
-    check(not factors_require_grad(factors), "factors require a gradient; expected fixed factors (call .detach())")
-    ctx.save_for_backward(*factors)
+class _Reconstruct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, core: torch.Tensor, *factors: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(*factors)
+        with below_autograd():
+            return tucker_reconstruct(core, factors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return tucker_project(grad, ctx.saved_tensors), *[None] * len(ctx.saved_tensors)
+
+
+def _autograd(function: type[torch.autograd.Function]) -> Any:
+    def kernel(tensor: torch.Tensor, factors: Factors) -> torch.Tensor:
+        check(not factors_require_grad(factors), "lance: factors require a gradient; expected fixed factors")
+        result: torch.Tensor = apply(function, tensor, *factors)
+        return result
+
+    return kernel
 
 
 def mode_product_flops(shape: Sequence[int], ranks: Sequence[int | None]) -> int:
@@ -131,17 +151,13 @@ define(
     "tucker_project(Tensor x, Tensor?[] factors) -> Tensor",
     reference=_project_reference,
     fake=_project_fake,
+    autograd=_autograd(_Project),
     flops=_flops(side=1),
 )
 define(
     "tucker_reconstruct(Tensor core, Tensor?[] factors) -> Tensor",
     reference=_reconstruct_reference,
     fake=_reconstruct_fake,
+    autograd=_autograd(_Reconstruct),
     flops=_flops(side=0),
-)
-torch.library.register_autograd(
-    "lance::tucker_project", _backward_with(tucker_reconstruct), setup_context=_save_factors
-)
-torch.library.register_autograd(
-    "lance::tucker_reconstruct", _backward_with(tucker_project), setup_context=_save_factors
 )

@@ -1,0 +1,90 @@
+"""`pack_core` and `unpack_core`: the stated bound, the stated size, and what NaN becomes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from lance_kernels.ops import pack_core, unpack_core
+from lance_kernels.ops.pack_core import packed_bytes
+from tests.ops.cases import DTYPES, LAYOUTS, lay_out
+
+shapes = st.lists(st.integers(0, 9), min_size=1, max_size=5).map(tuple)
+bits = st.sampled_from((8, 4, 2))
+
+
+def rows_of(core: torch.Tensor) -> torch.Tensor:
+    leading = math.prod(core.shape[: min(2, core.dim() - 1)])
+    return core.double().reshape(leading, -1)
+
+
+@given(shape=shapes, bits=bits, dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS))
+def test_error_is_at_most_half_a_step(shape, bits, dtype, layout):
+    core = lay_out(torch.randn(shape).to(dtype), layout)
+    packed = pack_core(core, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (packed_bytes(shape, bits),)
+    unpacked = unpack_core(packed, shape, bits, torch.float64)
+    assert unpacked.shape == shape
+    if core.numel():
+        # Half a step, the step's own rounding to bfloat16, and the rounding of its product to float32.
+        step = rows_of(core).abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+        assert ((rows_of(unpacked) - rows_of(core)).abs() <= step * (0.5 + 2**-8)).all()
+
+
+@given(bits=bits)
+def test_packing_what_was_unpacked_changes_nothing(bits):
+    core = torch.randn(3, 5, 7)
+    unpacked = unpack_core(pack_core(core, bits), core.shape, bits, torch.float32)
+    assert torch.equal(unpack_core(pack_core(unpacked, bits), core.shape, bits, torch.float32), unpacked)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_zero_core_unpacks_to_zero(bits):
+    assert not unpack_core(pack_core(torch.zeros(2, 3, 4), bits), (2, 3, 4), bits, torch.float32).any()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_poison_their_row_only(bits, bad):
+    core = torch.randn(2, 3, 4)
+    core[1, 2, 3] = bad
+    unpacked = unpack_core(pack_core(core, bits), core.shape, bits, torch.float32)
+    assert unpacked[1, 2].isnan().all()
+    unpacked[1, 2] = 0
+    assert unpacked.isfinite().all()
+
+
+def test_float64_beyond_float32_becomes_nan_not_a_number():
+    core = torch.tensor([[1e300, 1.0]], dtype=torch.float64)
+    assert unpack_core(pack_core(core, 4), core.shape, 4, torch.float64).isnan().all()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_opcheck(bits):
+    core = torch.randn(3, 5, 2, 3)
+    packed = pack_core(core, bits)
+    opcheck(torch.ops.lance.pack_core.default, (core, bits))
+    opcheck(torch.ops.lance.unpack_core.default, (packed, list(core.shape), bits, torch.bfloat16))
+
+
+def test_refusals():
+    core = torch.randn(3, 4)
+    with pytest.raises(RuntimeError, match="bits is 3; expected 8, 4 or 2"):
+        pack_core(core, 3)
+    with pytest.raises(RuntimeError, match=r"core has dtype torch.int64"):
+        pack_core(core.long(), 4)
+    packed = pack_core(core, 4)
+    with pytest.raises(RuntimeError, match=r"packed has \d+ bytes; expected \d+ for size \(3, 9\) in 4 bits"):
+        unpack_core(packed, (3, 9), 4, torch.float32)
+    with pytest.raises(RuntimeError, match="expected a flat uint8 buffer"):
+        unpack_core(packed.float(), (3, 4), 4, torch.float32)
+    with pytest.raises(RuntimeError, match=r"dtype is torch.int32"):
+        unpack_core(packed, (3, 4), 4, torch.int32)
+    with pytest.raises(RuntimeError, match="expected no negative entry"):
+        unpack_core(packed, (-3, -4), 4, torch.float32)
