@@ -15,16 +15,16 @@ class _Convolution(CompressedLayer, nn.modules.conv._ConvNd):
 
     batched_dim: ClassVar[int]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Convolution of `x`, `(B, C, *S)` or `(C, *S)`."""
-        batched = x.dim() == self.batched_dim
-        size = x.shape if batched else (1, *x.shape)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Convolution of `input`, `(B, C, *S)` or `(C, *S)`."""
+        batched = input.dim() == self.batched_dim
+        size = input.shape if batched else (1, *input.shape)
         factors = self.lance_factors_for(size) if self.lance_keeps_core() else None
         if factors is None:
-            y: torch.Tensor = super().forward(x)
+            y: torch.Tensor = super().forward(input)
             return y
         y = torch.ops.lance.convolution(
-            x if batched else x.unsqueeze(0),
+            input if batched else input.unsqueeze(0),
             self.weight,
             self.bias,
             self.stride,

@@ -19,10 +19,10 @@ class Linear(CompressedLayer, nn.Linear):
 
     plain_type = nn.Linear
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x @ weight^T + bias` for `x` of shape `(..., in_features)`."""
-        factors = self.lance_factors_for(x.shape) if self.lance_keeps_core() else None
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`input @ weight^T + bias` for `input` of shape `(..., in_features)`."""
+        factors = self.lance_factors_for(input.shape) if self.lance_keeps_core() else None
         if factors is None:
-            return super().forward(x)
-        y: torch.Tensor = torch.ops.lance.linear(x, self.weight, self.bias, factors, self.lance_core_bits)[0]
+            return super().forward(input)
+        y: torch.Tensor = torch.ops.lance.linear(input, self.weight, self.bias, factors, self.lance_core_bits)[0]
         return y
