@@ -1,0 +1,157 @@
+"""`report` against what can be worked out by hand, and that it touches nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lance_kernels as lance
+from tests.models import MODELS, images
+
+
+def mean(output):
+    return output.mean()
+
+
+def test_held_bytes_of_a_plain_model_by_hand():
+    model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 30), nn.Tanh())
+    x = torch.randn(7, 10)
+    result = lance.report(model, x, mean)
+    # ReLU's output (the second layer's input too) and tanh's output; x, weights and biases do not count.
+    assert result.held_bytes == 4 * 7 * (20 + 30)
+    assert [entry.bytes for entry in result.held] == [4 * 7 * 30, 4 * 7 * 20]
+    assert result.held_by_module() == {"3": 4 * 7 * 30, "1": 4 * 7 * 20}
+    assert result.held[0].operators == ("TanhBackward0",)
+    assert set(result.held[1].operators) == {"ReluBackward0", "AddmmBackward0"}
+    assert lance.held_bytes(model, x, mean) == result.held_bytes
+
+
+def test_views_count_their_whole_storage_once():
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(10, 10, bias=False)
+
+        def forward(self, x):
+            wide = self.fc(x)
+            return wide[:, :5] * wide[:, 5:]
+
+    assert lance.report(Views(), torch.randn(6, 10), mean).held_bytes == 4 * 6 * 10
+
+
+def test_what_the_forward_pass_itself_drops_is_not_held():
+    class Drops(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(10, 10, bias=False)
+
+        def forward(self, x):
+            self.fc(x).exp().sum()
+            return self.fc(x).detach().sum() + self.fc.weight.sum()
+
+    assert lance.report(Drops(), torch.randn(6, 10), mean).held_bytes == 0
+
+
+def compressed(energy=0.6, core_bits=None):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 64, 5))
+    lance.compress_(model, lance.LanceConfig(energy=energy, core_bits=core_bits, companions="none"))
+    x = torch.randn(6, 3, 8, 8)
+    lance.calibrate(model, [x], progress=False)
+    return model, x
+
+
+@pytest.mark.parametrize("core_bits", [None, 4])
+def test_counted_bytes_are_the_core_as_it_is_held(core_bits):
+    model, x = compressed(core_bits=core_bits)
+    result = lance.report(model, x, mean)
+    assert result.dense_bytes == 4 * (6 * 3 * 64 + 6 * 512)
+    # A chain of compressed layers holds its cores and nothing else.
+    assert result.counted_bytes == result.held_bytes
+    assert result.counted_bytes < result.dense_bytes
+    assert [layer.held_bytes for layer in result.layers] == [layer.counted_bytes for layer in result.layers]
+
+
+def test_gradient_cosine_by_layer():
+    model, x = compressed()
+    result = lance.report(model, x, lambda y: y.square().sum())
+
+    def gradients():
+        loss = model(x).square().sum()
+        return torch.autograd.grad(loss, [model[0].weight, model[2].weight])
+
+    ours = gradients()
+    with lance.exact(model):
+        true = gradients()
+    expected = [F.cosine_similarity(a.flatten(), b.flatten(), dim=0).item() for a, b in zip(ours, true)]
+    assert [layer.gradient_cosine for layer in result.layers] == pytest.approx(expected, abs=1e-5)
+    assert result.gradient_cosine == pytest.approx(sum(expected) / 2, abs=1e-5)
+    assert 0 < result.gradient_cosine < 1
+
+
+def test_flops_match_the_counter_by_layer_and_in_total():
+    model, x = compressed()
+    result = lance.report(model, x, mean)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        model(x).mean().backward()
+    assert result.flops == counter.get_total_flops()
+    assert sum(layer.flops for layer in result.layers) == result.flops
+
+
+def test_peak_is_at_least_what_is_held_and_the_gradients():
+    model = nn.Sequential(nn.Linear(100, 200), nn.Tanh(), nn.Linear(200, 300), nn.Tanh())
+    x = torch.randn(50, 100)
+    result = lance.report(model, x, mean)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert result.held_bytes <= result.peak_bytes <= result.held_bytes + weights + 4 * x.shape[0] * 300 * 4
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_touches_nothing(training):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 5))
+    lance.compress_(model)
+    x = torch.randn(4, 3, 8, 8)
+    lance.calibrate(model, [x], progress=False)
+    model.train(training)
+    model(x).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    random = torch.random.get_rng_state()
+    lance.report(model, x, mean)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert model.training is training
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(model.parameters(), gradients))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_prints_and_serialises():
+    model, x = compressed()
+    result = lance.report(model, x)
+    text = str(result)
+    for word in ("layer", "counted", "held", "cosine", "total", "elsewhere", "peak"):
+        assert word in text
+    again = json.loads(json.dumps(result.to_dict()))
+    assert again["held_bytes"] == result.held_bytes
+    assert again["layers"][0]["name"] == "0"
+
+
+def test_a_model_without_compression_and_a_huggingface_loss():
+    x, labels = images(4)
+    result = lance.report(MODELS["resnet"](), {"pixel_values": x, "labels": labels})
+    assert result.layers == []
+    assert result.gradient_cosine is None
+    assert result.held_bytes > 0
+
+
+def test_compiled_model_is_counted_too():
+    model, x = compressed()
+    assert lance.held_bytes(torch.compile(model), x, mean) <= 1.1 * lance.held_bytes(model, x, mean)
+
+
+def test_nothing_to_train_is_refused():
+    with pytest.raises(ValueError, match="the loss needs no gradient"):
+        lance.report(nn.Linear(4, 3).requires_grad_(False), torch.randn(2, 4))
