@@ -1,7 +1,7 @@
 """Companions: the modules around the compressed layers in forms that hold less for backward.
 
-`EXACT` and `QUANTIZED` map exact `torch.nn` types to drop-in subclasses; `apply_companions` swaps a model's classes in
-place and catches its functional calls, `remove_companions` undoes both.
+`EXACT`, `QUANTIZED` and `SMALLEST` map exact `torch.nn` types to drop-in subclasses; `apply_companions` swaps a model's
+classes in place and catches its functional calls, `remove_companions` undoes both.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lance_kernels.nn.companions.calls import CALLS, WithCompanionCalls, with_companion_calls
+from lance_kernels.nn.companions.calls import WithCompanionCalls, with_companion_calls
 from lance_kernels.nn.companions.exact import EXACT
+from lance_kernels.nn.companions.quantized import QUANTIZED, SMALLEST
 
-QUANTIZED = EXACT
+MODULES: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
+    "exact": EXACT,
+    "quantized": QUANTIZED,
+    "smallest": SMALLEST,
+}
 
-MODULES: dict[str, dict[type[nn.Module], type[nn.Module]]] = {"exact": EXACT}
-
-__all__ = ["EXACT", "QUANTIZED", "apply_companions", "companions_suspended", "remove_companions"]
+__all__ = ["EXACT", "QUANTIZED", "SMALLEST", "apply_companions", "companions_suspended", "remove_companions"]
 
 # Modules of torch.nn whose own forward calls functions of the tables.
 _CALLING = (
@@ -38,7 +41,8 @@ def apply_companions(
 
     Args:
         model: the model; its root may itself be a companion's type.
-        level: "none", "exact" (exact gradients) or "quantized" (all).
+        level: "none", "exact" (those with exact gradients), "quantized" (all, 8 bits) or "smallest" (derivatives of
+            activations in 4 bits).
         skip: called with every module and its name; True leaves it alone. The functional calls in a skipped module's
             `forward` stay plain only where no module around it has its calls replaced.
 
@@ -114,4 +118,3 @@ def _reason_to_leave(module: nn.Module) -> str | None:
 
 
 _PLAIN = {drop_in: plain for table in MODULES.values() for plain, drop_in in table.items()}
-assert set(MODULES) == set(CALLS)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lance_kernels.nn.companions import functional as companion
+from lance_kernels.nn.companions import functional_quantized as quantized
 
 Table = Mapping[Any, Callable[..., Any]]
 
@@ -82,7 +83,61 @@ EXACT_CALLS: dict[Any, Callable[..., Any]] = {
     F.conv_transpose3d: companion.conv_transpose3d,
 }
 
-CALLS: dict[str, dict[Any, Callable[..., Any]]] = {"exact": EXACT_CALLS}
+
+def _torch_layer_norm(
+    input: torch.Tensor,
+    normalized_shape: Any,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> torch.Tensor:
+    return quantized.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _torch_group_norm(
+    input: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> torch.Tensor:
+    return quantized.group_norm(input, num_groups, weight, bias, eps)
+
+
+def _quantized_calls(bits: int) -> dict[Any, Callable[..., Any]]:
+    silu = functools.partial(quantized.silu, bits=bits)
+    sigmoid = functools.partial(quantized.sigmoid, bits=bits)
+    tanh = functools.partial(quantized.tanh, bits=bits)
+    return {
+        **EXACT_CALLS,
+        F.gelu: functools.partial(quantized.gelu, bits=bits),
+        F.silu: silu,
+        F.hardswish: functools.partial(quantized.hardswish, bits=bits),
+        F.hardsigmoid: functools.partial(quantized.hardsigmoid, bits=bits),
+        F.sigmoid: sigmoid,
+        torch.sigmoid: sigmoid,
+        torch.Tensor.sigmoid: sigmoid,
+        F.tanh: tanh,
+        torch.tanh: tanh,
+        torch.Tensor.tanh: tanh,
+        F.layer_norm: quantized.layer_norm,
+        torch.layer_norm: _torch_layer_norm,
+        F.rms_norm: quantized.rms_norm,
+        torch.rms_norm: quantized.rms_norm,
+        F.group_norm: quantized.group_norm,
+        torch.group_norm: _torch_group_norm,
+        F.batch_norm: quantized.batch_norm,
+        F.scaled_dot_product_attention: quantized.scaled_dot_product_attention,
+    }
+
+
+CALLS: dict[str, dict[Any, Callable[..., Any]]] = {
+    "exact": EXACT_CALLS,
+    "quantized": _quantized_calls(8),
+    "smallest": _quantized_calls(4),
+}
 
 
 def _saving_hook() -> Any:

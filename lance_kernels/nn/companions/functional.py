@@ -1,5 +1,7 @@
 """`torch.nn.functional`'s functions in forms that hold less, with their signatures and exact gradients.
 
+`functional_quantized` has those whose gradients are approximate.
+
 Each falls back to PyTorch's own where nothing would be kept (no gradient asked for), where the tensor is of a kind the
 operators do not take (integers, tensor subclasses, function transforms), or where PyTorch's own keeps no more.
 """
