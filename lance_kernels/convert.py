@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 import lance_kernels.nn as lance_nn
 from lance_kernels.config import LanceConfig, matches
 from lance_kernels.nn._compressed import CompressedLayer
+from lance_kernels.nn.companions import apply_companions, companions_suspended, remove_companions
 
 COMPRESSED: dict[type[nn.Module], type[CompressedLayer]] = {
     layer.plain_type: layer for layer in (lance_nn.Linear, lance_nn.Conv1d, lance_nn.Conv2d, lance_nn.Conv3d)
@@ -26,14 +27,17 @@ class Summary:
     Attributes:
         compressed: names of the layers that are compressed now, with their type's name.
         left: names of the linear and convolution layers left alone, with the reason.
+        companions: names of the other modules that hold less now, or could not be made to, with what was done.
     """
 
     compressed: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    companions: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{len(self.compressed)} layers compressed, {len(self.left)} left alone"]
         lines += [f"  {name or '(root)'}: {kind}" for name, kind in self.compressed.items()]
+        lines += [f"  {name or '(root)'}: {done}" for name, done in self.companions.items()]
         lines += [f"  {name or '(root)'}: left alone, {reason}" for name, reason in self.left.items()]
         return "\n".join(lines)
 
@@ -47,7 +51,8 @@ def compress_(
     """Swaps a model's linear and convolution layers, in place, for layers that can keep a core of their input.
 
     A layer's class changes and nothing else: parameters, hooks, names and an optimizer that holds the parameters stay
-    valid. Until `calibrate` gives it factors, a swapped layer computes and holds what its plain namesake does.
+    valid. Until `calibrate` gives it factors, a swapped layer computes and holds what its plain namesake does. The
+    modules between the layers become companions that hold less, as `config.companions` says.
 
     Args:
         model: the model; its root may itself be a layer.
@@ -69,6 +74,7 @@ def compress_(
     if any(True for _ in compressed_layers(model)):
         raise ValueError("compress_: model has compressed layers already; expected a plain model (call revert_ first)")
     summary = Summary()
+    excluded = config.exclude_modules
     for name, module in list(model.named_modules()):
         if not _is_candidate(module):
             continue
@@ -81,6 +87,8 @@ def compress_(
         assert isinstance(module, CompressedLayer)
         module.lance_initialize(config)
         summary.compressed[name] = layer.__name__
+    for name, kind, done in apply_companions(model, config.companions, lambda _, name: matches(name, excluded)):
+        summary.companions[name] = f"{kind} {done}"
     return summary
 
 
@@ -93,6 +101,7 @@ def revert_(model: nn.Module) -> nn.Module:
     Returns:
         `model`.
     """
+    remove_companions(model)
     for _, layer in list(compressed_layers(model)):
         layer.lance_clear_factors()
         for attribute in [name for name in vars(layer) if name.startswith(("lance_", "_lance_"))]:
@@ -104,7 +113,7 @@ def revert_(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def exact(model: nn.Module) -> Iterator[None]:
-    """Within this context the model's compressed layers keep their whole input and give dense gradients.
+    """Within this context the model gives dense gradients: layers keep their whole input, companions are plain.
 
     Args:
         model: a model that `compress_` changed.
@@ -114,7 +123,8 @@ def exact(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer.lance_exact = True
     try:
-        yield
+        with companions_suspended(model):
+            yield
     finally:
         for layer, value in zip(layers, before):
             layer.lance_exact = value
