@@ -26,4 +26,10 @@ void check_factors(const char* operation, const char* argument, const Tensor& te
   }
 }
 
+void check_same(const char* operation, const Tensor& first, const char* argument, const Tensor& tensor) {
+  check(tensor.scalar_type() == first.scalar_type() && tensor.is_cpu() == first.is_cpu(), "lance::", operation, ": ",
+        argument, " is ", dtype_name(tensor.scalar_type()), tensor.is_cpu() ? " on cpu" : "", "; expected ",
+        dtype_name(first.scalar_type()), first.is_cpu() ? " on cpu" : "", ", as the first argument");
+}
+
 }  // namespace lance

@@ -145,4 +145,7 @@ decltype(auto) dispatch_accumulation(ScalarType dtype, const Body& body) {
 void check_factors(const char* operation, const char* argument, const Tensor& tensor, const Factors& factors,
                    int64_t side);
 
+// Refuses a tensor whose dtype or device is not that of the operator's first argument.
+void check_same(const char* operation, const Tensor& first, const char* argument, const Tensor& tensor);
+
 }  // namespace lance

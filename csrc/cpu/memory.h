@@ -47,6 +47,10 @@ inline const void* offset_by(const void* data, ScalarType dtype, int64_t element
   return static_cast<const char*>(data) + elements * element_size(dtype);
 }
 
+inline void* offset_by(void* data, ScalarType dtype, int64_t elements) {
+  return static_cast<char*>(data) + elements * element_size(dtype);
+}
+
 template <typename T>
 constexpr ScalarType dtype_of = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 

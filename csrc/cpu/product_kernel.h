@@ -101,6 +101,7 @@ void tile(const Product<T>& p, const T* a, const T* b, T* c, int64_t last) {
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
         right[v] = Part && v == Vectors - 1 ? load_part(b_at + v * lanes, last) : load(b_at + v * lanes);
+        __builtin_prefetch(b_at + (Vectors + v) * lanes);  // the next column panel
       }
 #pragma GCC unroll 16
       for (int row = 0; row < Rows; ++row) {

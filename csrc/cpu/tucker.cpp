@@ -1,6 +1,6 @@
-#include <numeric>
+#include "tucker.h"
 
-#include "chain.h"
+#include <numeric>
 
 namespace lance {
 namespace {
@@ -28,7 +28,7 @@ struct Plan {
 };
 
 template <typename T>
-Plan<T> make_plan(const Tensor& x, const Sizes& order, const std::vector<std::optional<Matrix<T>>>& matrices) {
+Plan<T> make_plan(const Tensor& x, const Sizes& order, const Matrices<T>& matrices) {
   constexpr int64_t largest_merged = 16384;
   std::vector<Mode<T>> modes;
   for (const int64_t mode : order) {
@@ -67,8 +67,8 @@ Sizes logical_strides(const Sizes& sizes, const Sizes& order, size_t first) {
 
 // One chain over all modes, its products spread over the threads.
 template <typename T>
-void apply_whole(const Tensor& x, const std::vector<std::optional<Matrix<T>>>& matrices, const Sizes& result_sizes,
-                 void* result, ScalarType dtype) {
+void apply_whole(const Tensor& x, const Matrices<T>& matrices, const Sizes& result_sizes, void* result,
+                 ScalarType dtype) {
   const Sizes order = memory_order(sizes_of(x), strides_of(x), 0);
   const Plan<T> plan = make_plan(x, order, matrices);
   if (dtype == dtype_of<T> && std::is_sorted(order.begin(), order.end())) {
@@ -84,8 +84,8 @@ void apply_whole(const Tensor& x, const std::vector<std::optional<Matrix<T>>>& m
 // products leave over of an entry stays in a thread's scratch, in cache. Threads share out the entries, or, where there
 // are too few, the pieces of each product.
 template <typename T>
-void apply_entries(const Tensor& x, const std::vector<std::optional<Matrix<T>>>& matrices, const Sizes& result_sizes,
-                   void* result, ScalarType dtype) {
+void apply_entries(const Tensor& x, const Matrices<T>& matrices, const Sizes& result_sizes, void* result,
+                   ScalarType dtype) {
   const Sizes order = memory_order(sizes_of(x), strides_of(x), 1);
   const Plan<T> plan = make_plan(x, order, matrices);
   const Chain<T>& chain = *plan.chain;
@@ -121,14 +121,15 @@ void apply_entries(const Tensor& x, const std::vector<std::optional<Matrix<T>>>&
   });
 }
 
-// Every mode of x multiplied by its matrix, if it has one.
+}  // namespace
+
 template <typename T>
-Tensor apply(const Tensor& x, std::vector<std::optional<Matrix<T>>> matrices) {
+Tensor multiply_modes(const Tensor& x, Matrices<T> matrices, ScalarType dtype) {
   Sizes sizes = sizes_of(x);
   for (size_t mode = 0; mode < sizes.size(); ++mode) {
     sizes[mode] = matrices[mode] ? matrices[mode]->outputs : sizes[mode];
   }
-  Tensor result = torch::stable::new_empty(x, sizes);
+  Tensor result = torch::stable::new_empty(x, sizes, dtype);
   if (result.numel() == 0) {
     return result;
   }
@@ -139,16 +140,16 @@ Tensor apply(const Tensor& x, std::vector<std::optional<Matrix<T>>> matrices) {
     return torch::stable::copy_(result, x);
   }
   if (sizes.size() < 3) {
-    apply_whole(x, matrices, sizes, result.mutable_data_ptr(), x.scalar_type());
+    apply_whole(x, matrices, sizes, result.mutable_data_ptr(), dtype);
     return result;
   }
   if (!matrices[0]) {
-    apply_entries(x, matrices, sizes, result.mutable_data_ptr(), x.scalar_type());
+    apply_entries(x, matrices, sizes, result.mutable_data_ptr(), dtype);
     return result;
   }
   // With a matrix for the first mode there are two passes, in the order that leaves less between them.
   const bool first_before = matrices[0]->outputs * (x.numel() / x.size(0)) < x.size(0) * (result.numel() / sizes[0]);
-  std::vector<std::optional<Matrix<T>>> first(sizes.size());
+  Matrices<T> first(sizes.size());
   first[0] = std::move(matrices[0]);
   matrices[0].reset();
   Sizes between = first_before ? sizes_of(x) : sizes;
@@ -156,35 +157,30 @@ Tensor apply(const Tensor& x, std::vector<std::optional<Matrix<T>>> matrices) {
   Tensor middle = torch::stable::new_empty(x, between, dtype_of<T>);
   if (first_before) {
     apply_whole(x, first, between, middle.mutable_data_ptr(), dtype_of<T>);
-    apply_entries(middle, matrices, sizes, result.mutable_data_ptr(), x.scalar_type());
+    apply_entries(middle, matrices, sizes, result.mutable_data_ptr(), dtype);
   } else {
     apply_entries(x, matrices, between, middle.mutable_data_ptr(), dtype_of<T>);
-    apply_whole(middle, first, sizes, result.mutable_data_ptr(), x.scalar_type());
+    apply_whole(middle, first, sizes, result.mutable_data_ptr(), dtype);
   }
   return result;
 }
 
+template Tensor multiply_modes<float>(const Tensor&, Matrices<float>, ScalarType);
+template Tensor multiply_modes<double>(const Tensor&, Matrices<double>, ScalarType);
+
+namespace {
+
 Tensor tucker_project(const Tensor& x, const Factors& factors) {
   check_factors("tucker_project", "x", x, factors, 0);
   return dispatch_accumulation(accumulation_dtype(x.scalar_type()), [&](auto value) {
-    using T = decltype(value);
-    std::vector<std::optional<Matrix<T>>> matrices;
-    for (const auto& factor : factors) {
-      matrices.push_back(factor ? std::optional(projecting<T>(*factor)) : std::nullopt);
-    }
-    return apply(x, std::move(matrices));
+    return multiply_modes(x, projecting<decltype(value)>(factors), x.scalar_type());
   });
 }
 
 Tensor tucker_reconstruct(const Tensor& core, const Factors& factors) {
   check_factors("tucker_reconstruct", "core", core, factors, 1);
   return dispatch_accumulation(accumulation_dtype(core.scalar_type()), [&](auto value) {
-    using T = decltype(value);
-    std::vector<std::optional<Matrix<T>>> matrices;
-    for (const auto& factor : factors) {
-      matrices.push_back(factor ? std::optional(expanding<T>(*factor)) : std::nullopt);
-    }
-    return apply(core, std::move(matrices));
+    return multiply_modes(core, expanding<decltype(value)>(factors), core.scalar_type());
   });
 }
 
