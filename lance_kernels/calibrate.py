@@ -18,7 +18,7 @@ from lance_kernels.config import LanceConfig
 from lance_kernels.convert import compressed_layers
 from lance_kernels.nn._compressed import CompressedLayer
 from lance_kernels.ops._checks import accumulation_dtype
-from lance_kernels.plan import choose_ranks
+from lance_kernels.plan import choose_ranks, plan
 
 
 @dataclass
@@ -69,9 +69,16 @@ class Calibration:
         missing = [name for name in self.layers if name not in layers]
         if missing:
             raise ValueError(f"Calibration.apply: model has no compressed layers {missing}; calibrated another model?")
+        rules = {name: config or layers[name].lance_config for name in self.layers}
+        budget = next((rule.budget_bytes for rule in rules.values()), None)
+        if budget is not None:
+            bits = (None,) if next(iter(rules.values())).core_bits is None else (8, 4, 2)
+            planned = plan(model, self, budget, bits=bits, config=config)
+            planned.apply(model, self)
+            return {name: layer.ranks for name, layer in planned.layers.items()}
         chosen: dict[str, list[int | None]] = {}
         for name, spectrum in self.layers.items():
-            chosen[name] = choose_ranks(name, spectrum.eigenvalues, config or layers[name].lance_config)
+            chosen[name] = choose_ranks(name, spectrum.eigenvalues, rules[name])
         for name, ranks in chosen.items():
             pairs = zip(self.layers[name].eigenvectors, ranks)
             layers[name].set_factors(

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lance_kernels as lance
-from lance_kernels.plan import choose_ranks, energy_rank
+from lance_kernels.ops.pack_core import packed_bytes
+from lance_kernels.plan import ROUNDING, choose_ranks, energy_rank
 
 
 @given(values=st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=20), energy=st.floats(0.01, 1.0))
@@ -57,3 +58,106 @@ def test_limits():
     config = lance.LanceConfig(energy=0.5, rank_multiple=8, max_rank=20)
     assert choose_ranks("fc", spectra(12, 64, 128), config) == [None, 4, 20, 20]
     assert choose_ranks("fc", spectra(12, 64), lance.LanceConfig(energy=0.5, rank_multiple=8)) == [None, 4, 24]
+
+
+def budgeted(seed=0):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(6, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3), torch.nn.Flatten()
+    )
+    model.append(torch.nn.Linear(8 * 36, 5))
+    lance.compress_(model, lance.LanceConfig(companions="none"))
+    x = torch.randn(4, 6, 8, 8) * torch.linspace(2, 0.1, 8) * torch.linspace(3, 0.1, 6)[:, None, None]
+    return model, lance.calibrate(model, [x], progress=False), x
+
+
+@pytest.mark.parametrize("share", [0.004, 0.02, 0.1, 0.3, 2.0])
+def test_plan_stays_within_its_budget_and_says_what_is_held(share):
+    model, calibration, x = budgeted()
+    dense = sum(4 * torch.Size(spectrum.size).numel() for spectrum in calibration.layers.values())
+    planned = lance.plan(model, calibration, int(share * dense))
+    assert planned.bytes <= share * dense
+    planned.apply(model, calibration)
+    result = lance.report(model, x)
+    assert result.counted_bytes == planned.bytes
+    assert [layer.counted_bytes for layer in result.layers] == [layer.bytes for layer in planned.layers.values()]
+    assert [layer.dense_bytes for layer in result.layers] == [layer.dense_bytes for layer in planned.layers.values()]
+    assert "of" in str(planned)
+    assert planned.to_dict()["bytes"] == planned.bytes
+
+
+def test_more_budget_never_predicts_more_error():
+    model, calibration, _ = budgeted()
+    errors = [lance.plan(model, calibration, budget).predicted_error for budget in (600, 1200, 5000, 20000, 100000)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.01 < errors[0]
+
+
+def test_plan_beats_every_single_energy_and_width_by_its_own_measure():
+    model, calibration, _ = budgeted()
+    for energy in (0.5, 0.7, 0.9):
+        for width in (8, 4, 2):
+            error = size = 0.0
+            for name, spectrum in calibration.layers.items():
+                ranks = choose_ranks(name, spectrum.eigenvalues, lance.LanceConfig(energy=energy))
+                kept = 1.0
+                for values, rank in zip(spectrum.eigenvalues, ranks):
+                    if values is not None and rank is not None:
+                        kept *= float(values[:rank].sum() / values.sum())
+                full = [extent if rank is None else rank for rank, extent in zip(ranks, spectrum.size)]
+                size += packed_bytes(full, width)
+                error += 1 - kept * (1 - ROUNDING[width])
+            assert lance.plan(model, calibration, int(size)).predicted_error * 3 <= error + 1e-9
+
+
+def test_plan_can_be_worked_out_by_hand():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    lance.compress_(model, lance.LanceConfig(companions="none"))
+    x = torch.diag(torch.tensor([2.0, 1.0, 0.1, 0.01]))
+    calibration = lance.calibrate(model, [x], progress=False)
+    # Two of four features for four samples, in float32.
+    planned = lance.plan(model, calibration, 4 * 4 * 2, bits=(None,))
+    assert planned.layers["0"].ranks == [None, 2]
+    assert planned.layers["0"].bytes == 32
+    assert planned.predicted_error == pytest.approx(1 - 5 / 5.0101, abs=1e-6)
+
+
+def test_impossible_budget_says_the_least():
+    model, calibration, _ = budgeted()
+    with pytest.raises(ValueError, match=r"budget_bytes is 3; the least .* take is (\d+)") as caught:
+        lance.plan(model, calibration, 3)
+    least = int(str(caught.value).split()[-1])
+    assert lance.plan(model, calibration, least).bytes == least
+
+
+def test_limits_and_patterns_bind_the_plan_too():
+    model, calibration, _ = budgeted()
+    config = lance.LanceConfig(max_rank=3, rank_pattern={"2": (None, 2, 2, None)})
+    planned = lance.plan(model, calibration, 10**6, config=config)
+    assert planned.layers["0"].ranks == [None, 3, 3, 3]
+    assert planned.layers["2"].ranks == [None, 2, 2, None]
+
+
+def test_plan_for_another_model_is_refused():
+    model, calibration, _ = budgeted()
+    other = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    lance.compress_(other)
+    with pytest.raises(ValueError, match="model has no compressed layers"):
+        lance.plan(other, calibration, 10**6)
+    planned = lance.plan(model, calibration, 10**6)
+    with pytest.raises(ValueError, match="has no layers"):
+        planned.apply(other, calibration)
+
+
+@pytest.mark.parametrize("core_bits", [4, None])
+def test_budget_in_the_config(core_bits):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 3))
+    config = lance.LanceConfig(budget_bytes=150, core_bits=core_bits, companions="none")
+    lance.compress_(model, config)
+    x = torch.randn(6, 8) * torch.linspace(3, 0.1, 8)
+    lance.calibrate(model, [x], progress=False)
+    result = lance.report(model, x)
+    assert 0 < result.counted_bytes <= 150
+    assert (core_bits is None) == all(layer.lance_core_bits == 0 for layer in model)
+    with pytest.raises(ValueError, match="the least"):
+        lance.calibrate(model, [torch.randn(1000, 8)], progress=False)
