@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import suites
+from benchmarks import readme, suites
 from benchmarks.environment import ROOT
 from benchmarks.registry import SUITES
-from benchmarks.runner import Options, run
+from benchmarks.runner import Options, existing, run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,7 +51,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for name in matching:
         settings = Options(output, options.case, options.quick, options.threads, options.seed, options.restart)
+        try:
+            existing(SUITES[name], output)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         rows = run(SUITES[name], settings)
+        readme.update(output)
         for table in SUITES[name].tables(rows):
             console.print(table.rich())
         console.print(f"written to {output / name}")

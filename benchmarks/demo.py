@@ -19,16 +19,17 @@ import torch
 from torch import nn
 
 import lance_kernels as lance
-from benchmarks import environment
+from benchmarks import environment, readme
 from benchmarks.data import DataError, Images, load
 from benchmarks.demo_tables import SUITE
 from benchmarks.finetune import Recipe, batches, loss_of, step, train
 from benchmarks.network import ResidualNetwork, freeze_for_fine_tuning, train_mode
 from benchmarks.results import Row, make_rows
-from benchmarks.runner import publish
+from benchmarks.runner import existing, publish
 from benchmarks.timing import QUICK, Effort, interleave
+from lance_kernels.ops.pack_core import packed_bytes
 
-PLAIN, PUBLISHED, OURS, OURS_SMALL = "plain", "published", "lance", "lance, at most the published bytes"
+PLAIN, PUBLISHED, OURS, OURS_SMALL = "plain", "published", "lance", "lance, lower energy"
 FALLING_ENERGIES = (0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
@@ -56,7 +57,7 @@ class Settings:
     widths: Sequence[int]
     depths: Sequence[int]
     calibration_batches: int = 100
-    report_batches: int = 6
+    report_batches: int = 4
     effort: Effort = field(default_factory=lambda: Effort(seconds=12.0, least_rounds=11, most_rounds=200))
     quick: bool = False
 
@@ -77,15 +78,17 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
 
     options = _parser().parse_args(argv)
+    output = options.output or environment.ROOT / ("build/benchmarks" if options.quick else "benchmarks/results")
     try:
+        existing(SUITE, output)
         images = load(options.data)
-    except DataError as error:
+    except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
     rows = run(images, _settings(options, images), _command(options))
-    output = options.output or environment.ROOT / ("build/benchmarks" if options.quick else "benchmarks/results")
     publish(SUITE, output, {rows[0].case: rows})
+    readme.update(output)
     console = Console()
     for table in SUITE.tables(rows):
         console.print(table.rich())
@@ -131,9 +134,12 @@ def _fine_tune_all(
             config = _within(start, names, outcomes[PUBLISHED].first["counted_bytes"], data, settings, seed)
         if config is not None:
             _compress(model, config, data, settings, seed)
-        before = _report(model, data, settings, seed)
+        count = 1 if method == PLAIN else settings.report_batches
+        before = _report(model, data, settings.finetune.batch, seed, count)
         curve = train(model, data, settings.finetune, seed, f"seed {seed}: {method}", frozen_norms=True)
-        outcomes[method] = Outcome(curve, before, _report(model, data, settings, seed), model, config)
+        outcomes[method] = Outcome(
+            curve, before, _report(model, data, settings.finetune.batch, seed, count), model, config
+        )
     return outcomes
 
 
@@ -150,25 +156,28 @@ def _compress(
 def _within(
     start: ResidualNetwork, names: list[str], most_bytes: int, data: Images, settings: Settings, seed: int
 ) -> lance.LanceConfig:
-    """Our form at the highest energy whose counted bytes are at most `most_bytes`."""
+    """Our form at the highest energy whose packed cores take at most `most_bytes`, or at the lowest tried."""
     model, config = copy.deepcopy(start), lance.LanceConfig(target_modules=names)
     calibration = _compress(model, config, data, settings, seed)
     for energy in FALLING_ENERGIES:
         config = replace(config, energy=energy)
-        calibration.apply(model, config)
-        if _report(model, data, settings, seed, count=1)["counted_bytes"] <= most_bytes:
+        total = 0
+        for name, ranks in calibration.apply(model, config).items():
+            core = [size if rank is None else rank for size, rank in zip(calibration.layers[name].size, ranks)]
+            total += packed_bytes(core, config.core_bits or 32)
+        if total <= most_bytes:
             break
     return config
 
 
-def _report(model: nn.Module, data: Images, settings: Settings, seed: int, count: int | None = None) -> dict[str, Any]:
-    """Bytes of the first of a few training batches, and the gradient cosine averaged over them."""
+def _report(model: nn.Module, data: Images, batch: int, seed: int, count: int) -> dict[str, Any]:
+    """Bytes of the first of `count` training batches, and the gradient cosine averaged over them."""
     train_mode(model, frozen_norms=True)
     generator = torch.Generator().manual_seed(seed + 1)
     reports = []
-    for images, labels in batches(data.train, settings.finetune.batch, generator):
+    for images, labels in batches(data.train, batch, generator):
         reports.append(lance.report(model, images, loss_of(labels)))
-        if len(reports) == (count or settings.report_batches):
+        if len(reports) == count:
             break
     cosines = [report.gradient_cosine for report in reports if report.gradient_cosine is not None]
     return {
@@ -234,8 +243,8 @@ def _rows(
     rows = of("test accuracy", "%", lambda outcome: outcome.curve[-1])
     rows += of("counted compression", "x", lambda outcome: _compression(outcome.first))
     rows += of("held bytes", "B", lambda outcome: outcome.first["held_bytes"])
-    rows += of("gradient cosine, first step", "", lambda outcome: outcome.first["gradient_cosine"])
-    rows += of("gradient cosine, last step", "", lambda outcome: outcome.last["gradient_cosine"])
+    rows += of("gradient cosine before training", "", lambda outcome: outcome.first["gradient_cosine"])
+    rows += of("gradient cosine after training", "", lambda outcome: outcome.last["gradient_cosine"])
     return rows + make_rows(
         SUITE.name,
         f"{name}, {settings.layers}",

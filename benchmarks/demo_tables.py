@@ -7,7 +7,16 @@ from typing import Any
 
 from benchmarks.registry import Suite, register
 from benchmarks.results import Row
-from benchmarks.tables import Table, bytes_text, environment_text, new_figure, ratio_text, save_figure, significant
+from benchmarks.tables import (
+    Table,
+    bytes_text,
+    environment_text,
+    new_figure,
+    ratio_text,
+    save_figure,
+    significant,
+    value_text,
+)
 
 LAYERS = {
     "last4": "the last four convolutions and the head are trained, everything before and every batch norm is frozen",
@@ -25,70 +34,59 @@ def _table(rows: list[Row]) -> Table:
     methods = list(dict.fromkeys(row.method for row in rows))
     table = Table(
         title=f"Fine-tuning on the other half of the classes: {rows[0].case}",
-        columns=(
-            "method",
-            "energy",
-            "core",
-            "companions",
-            "test accuracy",
-            "counted bytes",
-            "counted compression",
-            "held by autograd",
-            "step time over plain",
-            "gradient cosine, first / last step",
-        ),
+        columns=("method", "test accuracy", "counted", "held by autograd", "step time", "gradient cosine"),
         caption=_caption(rows, values, methods),
     )
+    plain = methods[0]
     for method in methods:
-        details = values[method, "test accuracy"].details
-        cosines = [values[method, f"gradient cosine, {which} step"].median for which in ("first", "last")]
-        held = values[method, "held bytes"].median
-        plain = values[methods[0], "held bytes"].median
-        table.rows.append(
-            (
-                method,
-                *_form(details),
-                f"{values[method, 'test accuracy'].median:.1f} %",
-                "-" if method == methods[0] else bytes_text(details["counted_bytes"]),
-                f"{significant(values[method, 'counted compression'].median)}x",
-                f"{bytes_text(held)} ({plain / held:.2f}x less)" if method != methods[0] else bytes_text(held),
-                "1" if method == methods[0] else ratio_text(values[method, "step time"]),
-                " / ".join(f"{cosine:.3f}" for cosine in cosines),
-            )
-        )
+        accuracy, held = values[method, "test accuracy"], values[method, "held bytes"].median
+        counted, held_text, time = "-", bytes_text(held), value_text(values[method, "step time"].median, "s")
+        if method != plain:
+            compression = significant(values[method, "counted compression"].median)
+            counted = f"{compression}x ({bytes_text(accuracy.details['counted_bytes'])})"
+            held_text += f" ({values[plain, 'held bytes'].median / held:.2f}x less)"
+            time = ratio_text(values[method, "step time"])
+        cosines = [values[method, f"gradient cosine {when} training"].median for when in ("before", "after")]
+        cosine = " / ".join(f"{value:.3f}" for value in cosines)
+        table.rows.append((method, f"{accuracy.median:.1f} %", counted, held_text, time, cosine))
     return table
 
 
-def _form(details: dict[str, Any]) -> tuple[str, str, str]:
-    """Energy, core and companions of a method, empty for plain backpropagation."""
-    if "energy" not in details:
-        return "", "", ""
-    core = f"{details['core_bits'] or 32} bits, batch {'kept' if details['batch_mode'] == 'keep' else 'fixed'}"
-    return f"{details['energy']:g}", core, details["companions"]
-
-
 def _caption(rows: list[Row], values: dict[tuple[str, str], Row], methods: list[str]) -> str:
-    details = values[methods[0], "test accuracy"].details
-    seeds = len(details["seeds"])
+    facts = {method: values[method, "test accuracy"].details for method in methods}
+    plain, first = facts[methods[0]], facts[methods[1]]
+    seeds = len(plain["seeds"])
     sentences = [
-        f"Batch {details['batch']}, {details['epochs']} epochs, {seeds} {'seed' if seeds == 1 else 'seeds (medians)'}; "
-        f"{LAYERS[details['layers']]}. Counted bytes are the cores and factors kept in place of the inputs of the "
-        f"{len(details['compressed'])} compressed convolutions "
-        f"({bytes_text(values[methods[1], 'test accuracy'].details['dense_bytes'])} a batch); held bytes are all that "
-        "autograd keeps for one step, each storage once."
+        *(f"{method}: {_form(facts[method])}." for method in methods[1:]),
+        f"Batch {plain['batch']}, {plain['epochs']} epochs, {seeds} {'seed' if seeds == 1 else 'seeds (medians)'}; "
+        f"{LAYERS[plain['layers']]}. Counted: inputs of the {len(plain['compressed'])} compressed convolutions "
+        f"({bytes_text(first['dense_bytes'])} a batch) over the cores kept in their place, as papers count. "
+        "Held by autograd: everything "
+        "kept for one step, each storage once. Step time: over plain's in the same round. Gradient cosine: to the "
+        "dense weight gradient, mean over layers and batches, before / after training.",
     ]
-    plain = values[methods[0], "held bytes"].median
-    without = [method for method in methods[1:] if values[method, "test accuracy"].details["companions"] == "none"]
+    without = [method for method in methods[1:] if facts[method]["companions"] == "none"]
     if without:
-        least, most = (pick(plain / values[method, "held bytes"].median for method in without) for pick in (min, max))
+        held = values[methods[0], "held bytes"].median
+        falls = [held / values[method, "held bytes"].median for method in without]
         counted = max(values[method, "counted compression"].median for method in without)
+        falling = f"{min(falls):.2f}" if len(falls) == 1 else f"{min(falls):.2f} to {max(falls):.2f}"
         sentences.append(
-            f"Without companions (rows with `none`), held bytes fall only {least:.2f} to {most:.2f} times although up "
-            f"to {significant(counted)} times fewer are counted: batch norm and ReLU still keep their own input and "
-            "output. Held bytes fall once companions for those modules are on."
+            f"Held bytes fall only {falling} times without companions ({', '.join(without)}), although up to "
+            f"{significant(counted)} times fewer are counted: batch norm still keeps its input and ReLU its output. "
+            "They fall once companions stand in for those modules."
         )
-    sentences.append(f"`{details['command']}`. {environment_text(rows)}")
+    sentences.append(f"Command: `{plain['command']}`. {environment_text(rows)}")
     return " ".join(sentences)
+
+
+def _form(details: dict[str, Any]) -> str:
+    """Energy, core, batch mode and companions of a method in words."""
+    batch = "batch mode kept" if details["batch_mode"] == "keep" else "batch mode compressed"
+    return (
+        f"energy {details['energy']:g}, {details['core_bits'] or 32}-bit cores, {batch}, companions "
+        f"{details['companions']}"
+    )
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ class Environment:
         device: type of the device measured, `cpu` or `cuda`.
         hardware: the processor's or the accelerator's model name.
         threads: threads PyTorch used within an operator.
+        wait_policy: `OMP_WAIT_POLICY`, how idle threads wait.
         torch: version of PyTorch.
         python: version of Python.
         lance: version of `lance_kernels`.
@@ -36,6 +38,7 @@ class Environment:
     device: str
     hardware: str
     threads: int
+    wait_policy: str
     torch: str
     python: str
     lance: str
@@ -55,6 +58,7 @@ def current(device: str = "cpu") -> Environment:
         device=device,
         hardware=torch.cuda.get_device_name() if device == "cuda" else processor_name(),
         threads=torch.get_num_threads(),
+        wait_policy=os.environ.get("OMP_WAIT_POLICY", "default").lower(),
         torch=torch.__version__,
         python=platform.python_version(),
         lance=_package_version(),

@@ -45,6 +45,12 @@ def render(text: str, results: Path = RESULTS) -> str:
     return MARKED.sub(part, text)
 
 
+def update(output: Path) -> None:
+    """Renders the README again after results were written to `output`, if those are the results that it shows."""
+    if output.resolve() == RESULTS and README.exists():
+        README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Writes the README, and the tables and plots beside the results; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)

@@ -17,6 +17,7 @@ ENVIRONMENT_FIELDS: dict[str, type] = {
     "device": str,
     "hardware": str,
     "threads": int,
+    "wait_policy": str,
     "torch": str,
     "python": str,
     "lance": str,

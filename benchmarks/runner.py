@@ -53,11 +53,12 @@ def run(suite: Suite, options: Options, say: Callable[[str], None] = print) -> l
         All rows of the suite's results, those of earlier runs of other cases included.
 
     Raises:
-        ValueError: no case matches the pattern.
+        ValueError: no case matches the pattern, or the suite's results cannot be read.
     """
     names = suite.select(options.pattern)
     if not names:
         raise ValueError(f"suite {suite.name} has no case that matches {options.pattern!r}; it has {list(suite.cases)}")
+    existing(suite, options.output)  # a file that cannot be read is better found before hours of measuring
     folder = options.output / suite.name
     partial = folder / "partial.json"
     torch.set_num_threads(options.threads)
@@ -94,16 +95,25 @@ def publish(suite: Suite, output: Path, measured: dict[str, list[Row]]) -> list[
         All rows of the suite.
     """
     folder = output / suite.name
-    path = folder / "results.json"
     cases: dict[str, list[Row]] = {}
-    for row in Results.read(path).rows if path.exists() else []:
+    for row in existing(suite, output):
         cases.setdefault(row.case, []).append(row)
     cases.update(measured)
     # A case that the suite no longer has is dropped; a suite without a list of cases keeps all.
     rows = [row for name in suite.cases or cases for row in cases.get(name, [])]
-    Results(suite.name, suite.command, rows).write(path)
+    Results(suite.name, suite.command, rows).write(folder / "results.json")
     present(suite, folder)
     return rows
+
+
+def existing(suite: Suite, output: Path) -> list[Row]:
+    """Rows of a suite that `output` has already.
+
+    Raises:
+        ValueError: the file that should hold them does not.
+    """
+    path = output / suite.name / "results.json"
+    return Results.read(path).rows if path.exists() else []
 
 
 def present(suite: Suite, folder: Path) -> None:

@@ -42,7 +42,7 @@ class Table:
 
         table = RichTable(title=self.title, caption=self.caption or None, caption_justify="left")
         for index, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+            table.add_column(column, justify="left" if index == 0 else "right")
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -90,9 +90,9 @@ def environment_text(rows: Sequence[Row]) -> str:
     for environment in {tuple(sorted(row.environment.items())): row.environment for row in rows}.values():
         commit = str(environment["commit"])[:10] + (" with local changes" if environment["dirty"] else "")
         sentences.append(
-            f"{environment['hardware']}, {environment['threads']} threads, PyTorch {environment['torch']}, Python "
-            f"{environment['python']}, lance_kernels {environment['lance']} (kernels: {environment['kernels']}), "
-            f"commit {commit}."
+            f"{environment['hardware']}, {environment['threads']} threads, {environment['wait_policy']} waiting, "
+            f"PyTorch {environment['torch']}, Python {environment['python']}, lance_kernels {environment['lance']} "
+            f"(kernels: {environment['kernels']}), commit {commit}."
         )
     return " ".join(sentences)
 

@@ -42,35 +42,36 @@ def test_equal_seeds_give_equal_batches() -> None:
     assert [len(labels) for labels in first] == [4, 4]
 
 
+def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.demo", *arguments]
+    return subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.parametrize("layers", ["last4", "all"])
-def test_quick_demo(layers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--quick", "--layers", layers, "--output", str(tmp_path)]
-    assert demo.main(arguments) == 0
-    assert "Fine-tuning on the other half" in capsys.readouterr().out
+def test_quick_demo(layers: str, tmp_path: Path) -> None:
+    done = run_demo("--quick", "--layers", layers, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "Fine-tuning on the other half" in done.stdout
     rows = {(row.method, row.quantity): row for row in Results.read(tmp_path / "demo" / "results.json").rows}
     methods = (demo.PLAIN, demo.PUBLISHED, demo.OURS, demo.OURS_SMALL)
     assert {method for method, _ in rows} == set(methods)
     for method in methods[1:]:
         assert rows[method, "counted compression"].median > 1
-        assert 0 < rows[method, "gradient cosine, first step"].median <= 1
+        assert 0 < rows[method, "gradient cosine before training"].median <= 1
         assert rows[method, "step time"].ratio_median > 0
-        assert rows[method, "held bytes"].median < rows[demo.PLAIN, "held bytes"].median
+        least = 4 if rows[method, "test accuracy"].details["companions"] == "exact" else 0.99
+        assert rows[demo.PLAIN, "held bytes"].median > least * rows[method, "held bytes"].median
     counted = {method: rows[method, "test accuracy"].details["counted_bytes"] for method in methods}
-    assert 0 < counted[demo.OURS_SMALL] <= counted[demo.PUBLISHED]
-    assert rows[demo.PLAIN, "gradient cosine, last step"].median == pytest.approx(1)
+    assert 0 < counted[demo.OURS_SMALL] <= counted[demo.OURS]
+    assert rows[demo.PLAIN, "gradient cosine after training"].median == pytest.approx(1)
     assert (tmp_path / "demo" / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "demo" / "table.md").exists()
 
 
 def test_data_error_names_the_file_and_ends_with_two(tmp_path: Path) -> None:
     path = tmp_path / "absent.npz"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.demo", "--data", str(path)],
-        cwd=environment.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_demo("--data", str(path))
     assert done.returncode == 2
     assert done.stderr.strip() == f"error: {path}: no such file"
 

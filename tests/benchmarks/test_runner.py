@@ -122,6 +122,14 @@ def test_one_case_replaces_its_own_rows_only(counting: Counting, tmp_path: Path)
     ]
 
 
+def test_unreadable_results_are_found_before_measuring(counting: Counting, tmp_path: Path) -> None:
+    (tmp_path / "counting").mkdir()
+    (tmp_path / "counting" / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"results\.json holds no benchmark results"):
+        run(counting.suite, Options(tmp_path))
+    assert counting.calls == []
+
+
 def test_no_matching_case_is_an_error(counting: Counting, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no case that matches 'x'"):
         run(counting.suite, Options(tmp_path, pattern="x"))
