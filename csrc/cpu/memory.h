@@ -93,6 +93,29 @@ void gather(const void* from, ScalarType dtype, int64_t rows, int64_t row_stride
     }
     return;
   }
+  if constexpr (std::is_same_v<T, float>) {
+    if (row_stride == 1 && dtype == ScalarType::Float) {
+      const float* source = static_cast<const float*>(from);
+      routines().transpose_float(source, column_stride, columns, rows, to, to_row);
+      return;
+    }
+    if (row_stride == 1 && rows >= 8 && dtype != ScalarType::Double) {
+      constexpr int64_t most_rows = 256;
+      constexpr int64_t most_columns = 16;
+      alignas(64) float widened[most_columns * most_rows];
+      for (int64_t row = 0; row < rows; row += most_rows) {
+        for (int64_t column = 0; column < columns; column += most_columns) {
+          const int64_t high = std::min(most_rows, rows - row);
+          const int64_t wide = std::min(most_columns, columns - column);
+          for (int64_t c = 0; c < wide; ++c) {
+            widen(offset_by(from, dtype, row + (column + c) * column_stride), dtype, widened + c * high, high);
+          }
+          routines().transpose_float(widened, high, wide, high, to + row * to_row + column, to_row);
+        }
+      }
+      return;
+    }
+  }
   dispatch_floating(dtype, [&](auto value) {
     using S = decltype(value);
     const S* source = static_cast<const S*>(from);

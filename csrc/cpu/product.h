@@ -38,6 +38,9 @@ struct Routines {
   void (*widen_half)(const uint16_t* from, float* to, int64_t count);
   void (*narrow_bfloat16)(const float* from, uint16_t* to, int64_t count);
   void (*narrow_half)(const float* from, uint16_t* to, int64_t count);
+  // to[j * to_row + i] = from[i * from_row + j] for i below rows and j below columns.
+  void (*transpose_float)(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to,
+                          int64_t to_row);
 };
 
 // Those of the best instruction set this machine has; see capability().

@@ -11,6 +11,12 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__)
+// Intrinsics of GCC 12 start from a value they never read.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #define LANCE_INSTRUCTION_SET avx512
 #define LANCE_VECTOR_BYTES 64
 #define LANCE_TILE_ROWS 12

@@ -256,11 +256,84 @@ void narrow_half(const float* from, uint16_t* to, int64_t count) {
 }
 #endif
 
+#if LANCE_VECTOR_BYTES == 64
+// Sixteen by sixteen in registers: pairs, then pairs of pairs within each quarter of a vector, then the quarters.
+inline void transpose_block(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to,
+                            int64_t to_row) {
+  __m512 line[16];
+  __m512 part[16];
+  const __mmask16 wanted = static_cast<__mmask16>((1u << columns) - 1);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    line[i] = _mm512_maskz_loadu_ps(i < rows ? wanted : 0, i < rows ? from + i * from_row : from);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    part[i] = _mm512_unpacklo_ps(line[i], line[i + 1]);
+    part[i + 1] = _mm512_unpackhi_ps(line[i], line[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const auto low = [&](int a, int b) {
+      return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(part[a]), _mm512_castps_pd(part[b])));
+    };
+    const auto high = [&](int a, int b) {
+      return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(part[a]), _mm512_castps_pd(part[b])));
+    };
+    line[i] = low(i, i + 2);
+    line[i + 1] = high(i, i + 2);
+    line[i + 2] = low(i + 1, i + 3);
+    line[i + 3] = high(i + 1, i + 3);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    part[i] = _mm512_shuffle_f32x4(line[i], line[i + 4], 0x88);
+    part[i + 4] = _mm512_shuffle_f32x4(line[i], line[i + 4], 0xdd);
+    part[i + 8] = _mm512_shuffle_f32x4(line[i + 8], line[i + 12], 0x88);
+    part[i + 12] = _mm512_shuffle_f32x4(line[i + 8], line[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    line[i] = _mm512_shuffle_f32x4(part[i], part[i + 8], 0x88);
+    line[i + 8] = _mm512_shuffle_f32x4(part[i], part[i + 8], 0xdd);
+    line[i + 4] = _mm512_shuffle_f32x4(part[i + 4], part[i + 12], 0x88);
+    line[i + 12] = _mm512_shuffle_f32x4(part[i + 4], part[i + 12], 0xdd);
+  }
+  const __mmask16 kept = static_cast<__mmask16>((1u << rows) - 1);
+#pragma GCC unroll 16
+  for (int j = 0; j < 16; ++j) {
+    if (j < columns) {
+      _mm512_mask_storeu_ps(to + j * to_row, kept, line[j]);
+    }
+  }
+}
+#else
+inline void transpose_block(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to,
+                            int64_t to_row) {
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t i = 0; i < rows; ++i) {
+      to[j * to_row + i] = from[i * from_row + j];
+    }
+  }
+}
+#endif
+
+void transpose(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
+  for (int64_t j = 0; j < columns; j += 16) {
+    for (int64_t i = 0; i < rows; i += 16) {
+      const int64_t high = rows - i < 16 ? rows - i : 16;
+      const int64_t wide = columns - j < 16 ? columns - j : 16;
+      transpose_block(from + i * from_row + j, from_row, high, wide, to + j * to_row + i, to_row);
+    }
+  }
+}
+
 }  // namespace
 
 extern const Routines table;
 const Routines table = {
-    LANCE_VECTOR_BYTES, product<float>, product<double>, widen_bfloat16, widen_half, narrow_bfloat16, narrow_half,
+    LANCE_VECTOR_BYTES, product<float>,  product<double>, widen_bfloat16,
+    widen_half,         narrow_bfloat16, narrow_half,     transpose,
 };
 
 }  // namespace lance::LANCE_INSTRUCTION_SET

@@ -1,0 +1,329 @@
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include "blocks.h"
+
+namespace lance {
+namespace {
+
+// A pooling over three spatial dimensions; two-dimensional ones have a first of size one.
+struct Window {
+  int64_t size[3];
+  int64_t out[3];
+  int64_t kernel[3];
+  int64_t stride[3];
+  int64_t padding[3];
+  int64_t dilation[3];
+  bool channels_last;
+  int64_t batch;
+  int64_t channels;
+
+  int64_t inputs() const {
+    return size[0] * size[1] * size[2];
+  }
+  int64_t outputs() const {
+    return out[0] * out[1] * out[2];
+  }
+};
+
+// The rule of lance_kernels/ops/pooling.py: pooled_size.
+int64_t pooled_size(int64_t length, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
+  const int64_t span = length + 2 * padding - dilation * (kernel - 1) - 1 + (ceil_mode ? stride - 1 : 0);
+  const int64_t floor = span >= 0 ? span / stride : -((-span + stride - 1) / stride);
+  const int64_t count = floor + 1;
+  return ceil_mode && (count - 1) * stride >= length + padding ? count - 1 : count;
+}
+
+std::string list_string(const Sizes& sizes) {
+  std::ostringstream out;
+  for (size_t index = 0; index < sizes.size(); ++index) {
+    out << (index ? ", " : "[") << sizes[index];
+  }
+  out << (sizes.empty() ? "[]" : "]");
+  return out.str();
+}
+
+void check_window(const Tensor& x, const Sizes& kernel, const Sizes& stride, const Sizes& padding,
+                  const Sizes& dilation) {
+  const int64_t spatial = static_cast<int64_t>(kernel.size());
+  check_floating("max_pool", "x", x);
+  check((spatial == 2 || spatial == 3) && (x.dim() == spatial + 1 || x.dim() == spatial + 2),
+        "lance::max_pool: x has shape ", shape_string(x), " and the window ", list_string(kernel),
+        "; expected two or three spatial dimensions after (B, C) or (C)");
+  bool fits = stride.size() == kernel.size() && padding.size() == kernel.size() && dilation.size() == kernel.size();
+  int64_t elements = 1;
+  for (size_t index = 0; fits && index < kernel.size(); ++index) {
+    fits = stride[index] > 0 && dilation[index] > 0 && kernel[index] > 0;
+    elements *= kernel[index];
+  }
+  check(fits, "lance::max_pool: stride ", list_string(stride), ", padding ", list_string(padding), " and dilation ",
+        list_string(dilation), " do not fit the window ", list_string(kernel),
+        "; expected one positive number a spatial dimension");
+  check(elements <= 256, "lance::max_pool: the window ", list_string(kernel), " has ", elements,
+        " elements; expected at most 256, one byte");
+  for (size_t index = 0; index < kernel.size(); ++index) {
+    check(padding[index] >= 0 && 2 * padding[index] <= kernel[index], "lance::max_pool: padding is ",
+          list_string(padding), "; expected at most half the window ", list_string(kernel));
+  }
+}
+
+// The order of the dimensions of a channels_last image batch, or an empty one.
+Sizes channels_last_order(const Tensor& x) {
+  if (x.dim() < 4 || x.is_contiguous()) {
+    return {};
+  }
+  Sizes order{0};
+  for (int64_t dimension = 2; dimension < x.dim(); ++dimension) {
+    order.push_back(dimension);
+  }
+  order.push_back(1);
+  int64_t stride = 1;
+  for (size_t position = order.size(); position-- > 0;) {
+    const int64_t size = x.size(order[position]);
+    if (size != 1 && x.stride(order[position]) != stride) {
+      return {};
+    }
+    stride *= size;
+  }
+  return order;
+}
+
+Window make_window(const Sizes& shape, const Sizes& size, const Sizes& out, const Sizes& kernel, const Sizes& stride,
+                   const Sizes& padding, const Sizes& dilation, bool channels_last) {
+  Window window{{1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}, channels_last, 1, 1};
+  const size_t spatial = kernel.size();
+  for (size_t index = 0; index < spatial; ++index) {
+    const size_t place = 3 - spatial + index;
+    window.size[place] = size[index];
+    window.out[place] = out[index];
+    window.kernel[place] = kernel[index];
+    window.stride[place] = stride[index];
+    window.padding[place] = padding[index];
+    window.dilation[place] = dilation[index];
+  }
+  window.channels = shape[shape.size() - spatial - 1];
+  window.batch = shape.size() == spatial + 2 ? shape[0] : 1;
+  return window;
+}
+
+// The kernel positions of one output coordinate that lie inside the input.
+struct Reach {
+  int64_t begin;
+  int64_t end;
+  int64_t start;
+};
+
+Reach reach(const Window& window, int dim, int64_t output) {
+  const int64_t start = output * window.stride[dim] - window.padding[dim];
+  const int64_t gap = window.dilation[dim];
+  const int64_t begin = start < 0 ? (-start + gap - 1) / gap : 0;
+  const int64_t room = window.size[dim] - start;
+  const int64_t end = std::min(window.kernel[dim], room > 0 ? (room + gap - 1) / gap : 0);
+  return {begin, end, start};
+}
+
+// Calls body(input, offset, first) for each input position of one output's window.
+template <typename Body>
+inline void each_position(const Window& window, const Reach& depth, const Reach& row, const Reach& column,
+                          const Body& body) {
+  bool first = true;
+  for (int64_t d = depth.begin; d < depth.end; ++d) {
+    const int64_t at_depth = (depth.start + d * window.dilation[0]) * window.size[1];
+    for (int64_t r = row.begin; r < row.end; ++r) {
+      const int64_t at_row = (at_depth + row.start + r * window.dilation[1]) * window.size[2];
+      const int64_t offset = (d * window.kernel[1] + r) * window.kernel[2];
+      for (int64_t c = column.begin; c < column.end; ++c) {
+        body(at_row + column.start + c * window.dilation[2], offset + c, first);
+        first = false;
+      }
+    }
+  }
+}
+
+// Calls body(output, depth, row, column) for each output position.
+template <typename Body>
+inline void each_output(const Window& window, const Body& body) {
+  int64_t output = 0;
+  for (int64_t d = 0; d < window.out[0]; ++d) {
+    const Reach depth = reach(window, 0, d);
+    for (int64_t r = 0; r < window.out[1]; ++r) {
+      const Reach row = reach(window, 1, r);
+      for (int64_t c = 0; c < window.out[2]; ++c, ++output) {
+        body(output, depth, row, reach(window, 2, c));
+      }
+    }
+  }
+}
+
+template <typename T>
+bool beats(T value, T best) {
+  return value > best || value != value;
+}
+
+template <typename T>
+void pool_planes(const Window& window, const T* x, T* y, uint8_t* offsets) {
+  parallel_for(0, window.batch * window.channels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const T* from = x + plane * window.inputs();
+      T* to = y + plane * window.outputs();
+      uint8_t* at = offsets + plane * window.outputs();
+      each_output(window, [&](int64_t output, const Reach& depth, const Reach& row, const Reach& column) {
+        T best = -std::numeric_limits<T>::infinity();
+        int64_t chosen = 0;
+        each_position(window, depth, row, column, [&](int64_t input, int64_t offset, bool first) {
+          const T value = from[input];
+          if (first) {
+            chosen = offset;
+          }
+          if (beats(value, best)) {
+            best = value;
+            chosen = offset;
+          }
+        });
+        to[output] = best;
+        at[output] = static_cast<uint8_t>(chosen);
+      });
+    }
+  });
+}
+
+template <typename T>
+void pool_channels(const Window& window, const T* x, T* y, uint8_t* offsets) {
+  const int64_t channels = window.channels;
+  parallel_for(0, window.batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) {
+      const T* from = x + image * window.inputs() * channels;
+      each_output(window, [&](int64_t output, const Reach& depth, const Reach& row, const Reach& column) {
+        T* to = y + (image * window.outputs() + output) * channels;
+        uint8_t* at = offsets + (image * window.outputs() + output) * channels;
+        std::fill_n(to, channels, -std::numeric_limits<T>::infinity());
+        each_position(window, depth, row, column, [&](int64_t input, int64_t offset, bool first) {
+          const T* values = from + input * channels;
+          if (first) {
+            std::fill_n(at, channels, static_cast<uint8_t>(offset));
+          }
+          for (int64_t channel = 0; channel < channels; ++channel) {
+            const bool better = beats(values[channel], to[channel]);
+            to[channel] = better ? values[channel] : to[channel];
+            at[channel] = better ? static_cast<uint8_t>(offset) : at[channel];
+          }
+        });
+      });
+    }
+  });
+}
+
+// Input position of an output's chosen kernel position.
+inline int64_t chosen_input(const Window& window, const Reach& depth, const Reach& row, const Reach& column,
+                            int64_t offset) {
+  const int64_t c = offset % window.kernel[2];
+  const int64_t r = offset / window.kernel[2] % window.kernel[1];
+  const int64_t d = offset / window.kernel[2] / window.kernel[1];
+  const int64_t at_row = (depth.start + d * window.dilation[0]) * window.size[1] + row.start + r * window.dilation[1];
+  return at_row * window.size[2] + column.start + c * window.dilation[2];
+}
+
+// Sums of 16-bit dtypes are rounded at each step where ATen rounds them.
+template <typename T>
+void grad_planes(const Window& window, const T* grad, const uint8_t* offsets, T* grad_x) {
+  parallel_for(0, window.batch * window.channels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const T* from = grad + plane * window.outputs();
+      const uint8_t* at = offsets + plane * window.outputs();
+      T* to = grad_x + plane * window.inputs();
+      std::fill_n(to, window.inputs(), T(0));
+      each_output(window, [&](int64_t output, const Reach& depth, const Reach& row, const Reach& column) {
+        T& sum = to[chosen_input(window, depth, row, column, at[output])];
+        sum = static_cast<T>(sum + from[output]);
+      });
+    }
+  });
+}
+
+template <typename T>
+void grad_channels(const Window& window, const T* grad, const uint8_t* offsets, T* grad_x) {
+  const int64_t channels = window.channels;
+  parallel_for(0, window.batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) {
+      T* to = grad_x + image * window.inputs() * channels;
+      std::fill_n(to, window.inputs() * channels, T(0));
+      each_output(window, [&](int64_t output, const Reach& depth, const Reach& row, const Reach& column) {
+        const T* from = grad + (image * window.outputs() + output) * channels;
+        const uint8_t* at = offsets + (image * window.outputs() + output) * channels;
+        for (int64_t channel = 0; channel < channels; ++channel) {
+          T& sum = to[chosen_input(window, depth, row, column, at[channel]) * channels + channel];
+          sum = static_cast<T>(sum + from[channel]);
+        }
+      });
+    }
+  });
+}
+
+Tensor empty_image(const Tensor& like, const Sizes& shape, const Sizes& order, std::optional<ScalarType> dtype) {
+  if (order.empty()) {
+    return torch::stable::new_empty(like, shape, dtype);
+  }
+  Sizes permuted;
+  for (const int64_t dimension : order) {
+    permuted.push_back(shape[dimension]);
+  }
+  return from_order(torch::stable::new_empty(like, permuted, dtype), order);
+}
+
+std::tuple<Tensor, Tensor> max_pool_offsets(const Tensor& x, Sizes kernel, Sizes stride, Sizes padding, Sizes dilation,
+                                            bool ceil_mode) {
+  check_window(x, kernel, stride, padding, dilation);
+  const Sizes order = channels_last_order(x);
+  const Tensor dense = order.empty() ? torch::stable::contiguous(x) : x;
+  const size_t spatial = kernel.size();
+  Sizes shape = sizes_of(x);
+  const Sizes size(shape.end() - spatial, shape.end());
+  Sizes out;
+  for (size_t index = 0; index < spatial; ++index) {
+    out.push_back(pooled_size(size[index], kernel[index], stride[index], padding[index], dilation[index], ceil_mode));
+    check(out.back() > 0, "lance::max_pool: x has shape ", shape_string(x), ", too small for the window ",
+          list_string(kernel));
+    shape[shape.size() - spatial + index] = out.back();
+  }
+  const Tensor y = empty_image(x, shape, order, std::nullopt);
+  const Tensor offsets = empty_image(x, shape, order, ScalarType::Byte);
+  const Window window = make_window(shape, size, out, kernel, stride, padding, dilation, !order.empty());
+  dispatch_floating(x.scalar_type(), [&](auto value) {
+    using T = decltype(value);
+    const auto pool = window.channels_last ? pool_channels<T> : pool_planes<T>;
+    pool(window, static_cast<const T*>(dense.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
+         static_cast<uint8_t*>(offsets.mutable_data_ptr()));
+  });
+  return {y, offsets};
+}
+
+Tensor max_pool_grad(const Tensor& grad, const Tensor& offsets, Sizes size, Sizes kernel, Sizes stride, Sizes padding,
+                     Sizes dilation, bool) {
+  check(sizes_of(grad) == sizes_of(offsets), "lance::max_pool_grad: grad has shape ", shape_string(grad), ", offsets ",
+        shape_string(offsets), "; expected the same");
+  const Sizes order = channels_last_order(offsets);
+  const size_t spatial = kernel.size();
+  Sizes shape = sizes_of(grad);
+  const Sizes out(shape.end() - spatial, shape.end());
+  std::copy(size.begin(), size.end(), shape.end() - spatial);
+  const Tensor grad_x = empty_image(grad, shape, order, std::nullopt);
+  const Tensor dense_offsets = order.empty() ? torch::stable::contiguous(offsets) : offsets;
+  const Tensor dense = order.empty() ? torch::stable::contiguous(grad) : in_order(grad, order);
+  const Window window = make_window(shape, size, out, kernel, stride, padding, dilation, !order.empty());
+  dispatch_floating(grad.scalar_type(), [&](auto value) {
+    using T = decltype(value);
+    const auto add = window.channels_last ? grad_channels<T> : grad_planes<T>;
+    add(window, static_cast<const T*>(dense.const_data_ptr()),
+        static_cast<const uint8_t*>(dense_offsets.const_data_ptr()), static_cast<T*>(grad_x.mutable_data_ptr()));
+  });
+  return grad_x;
+}
+
+}  // namespace
+}  // namespace lance
+
+STABLE_TORCH_LIBRARY_IMPL(lance, CPU, m) {
+  m.impl("max_pool_offsets", TORCH_BOX(&lance::max_pool_offsets));
+  m.impl("max_pool_grad", TORCH_BOX(&lance::max_pool_grad));
+}
