@@ -179,16 +179,16 @@ def _grad(grad: torch.Tensor, codes: torch.Tensor, kind: str, bits: int, order: 
     return from_order((flat * decode(whole, kind, bits, dtype)).to(grad.dtype), order)
 
 
-def _codes_reference(x: torch.Tensor, kind: str, bits: int, order: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _codes_reference(x: torch.Tensor, kind: str, bits: int, order: Sequence[int]) -> torch.Tensor:
     _check_kind("activation_codes", x, kind, bits)
     check_order("activation_codes", x, order)
-    return from_order(KINDS[kind].forward(in_order(x, order)), order), _codes(x, kind, bits, order)
+    return _codes(x, kind, bits, order)
 
 
-def _codes_fake(x: torch.Tensor, kind: str, bits: int, order: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _codes_fake(x: torch.Tensor, kind: str, bits: int, order: Sequence[int]) -> torch.Tensor:
     _check_kind("activation_codes", x, kind, bits)
     check_order("activation_codes", x, order)
-    return empty_in_order(x, order), x.new_empty([_bytes(x, bits)], dtype=torch.uint8)
+    return x.new_empty([_bytes(x, bits)], dtype=torch.uint8)
 
 
 def _check_codes(grad: torch.Tensor, codes: torch.Tensor, kind: str, bits: int, order: Sequence[int]) -> None:
@@ -217,10 +217,12 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, kind: str, bits: int) -> torch.Tensor:
         order = memory_order(x)
+        # The result is ATen's, so that it has ATen's bits.
+        y = KINDS[kind].forward(x)
         if torch.compiler.is_compiling():
-            y, codes = KINDS[kind].forward(x), _codes(x, kind, bits, order)
+            codes = _codes(x, kind, bits, order)
         else:
-            y, codes = torch.ops.lance.activation_codes(x, kind, bits, order)
+            codes = torch.ops.lance.activation_codes(x, kind, bits, order)
         ctx.save_for_backward(codes)
         ctx.kind, ctx.bits, ctx.order = kind, bits, order
         return y
@@ -254,7 +256,7 @@ def _activation_autograd(x: torch.Tensor, kind: str, bits: int = 8) -> torch.Ten
 
 
 define(
-    "activation_codes(Tensor x, str kind, int bits, int[] order) -> (Tensor, Tensor)",
+    "activation_codes(Tensor x, str kind, int bits, int[] order) -> Tensor",
     reference=_codes_reference,
     fake=_codes_fake,
     autograd=not_differentiable("activation_codes"),

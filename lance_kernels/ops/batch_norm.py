@@ -123,7 +123,7 @@ class _Frozen(torch.autograd.Function):
         if torch.compiler.is_compiling():
             grad_x = frozen_grad(grad, weight, var, ctx.eps)
         else:
-            grad_x = torch.ops.lance.batch_norm_frozen_grad(grad, weight, var, ctx.eps)
+            grad_x = torch.ops.lance.batch_norm_frozen_grad(grad, weight, var, ctx.eps, memory_order(grad))
         return grad_x, None, None, None, None, None
 
 
@@ -252,15 +252,19 @@ def _mask_fake(
 
 
 def _frozen_grad_reference(
-    grad: torch.Tensor, weight: torch.Tensor | None, var: torch.Tensor, eps: float
+    grad: torch.Tensor, weight: torch.Tensor | None, var: torch.Tensor, eps: float, order: Sequence[int]
 ) -> torch.Tensor:
     _check_batch_norm("batch_norm_frozen_grad", grad, weight, None, None, var)
-    return frozen_grad(grad, weight, var, eps)
+    check_order("batch_norm_frozen_grad", grad, order)
+    return from_order(in_order(frozen_grad(grad, weight, var, eps), order), order)
 
 
-def _frozen_grad_fake(grad: torch.Tensor, weight: torch.Tensor | None, var: torch.Tensor, eps: float) -> torch.Tensor:
+def _frozen_grad_fake(
+    grad: torch.Tensor, weight: torch.Tensor | None, var: torch.Tensor, eps: float, order: Sequence[int]
+) -> torch.Tensor:
     _check_batch_norm("batch_norm_frozen_grad", grad, weight, None, None, var)
-    return torch.empty_like(grad)
+    check_order("batch_norm_frozen_grad", grad, order)
+    return empty_in_order(grad, order)
 
 
 def _check_relu_grad(
@@ -318,7 +322,7 @@ define(
     autograd=not_differentiable("batch_norm_relu_mask"),
 )
 define(
-    "batch_norm_frozen_grad(Tensor grad, Tensor? weight, Tensor var, float eps) -> Tensor",
+    "batch_norm_frozen_grad(Tensor grad, Tensor? weight, Tensor var, float eps, int[] order) -> Tensor",
     reference=_frozen_grad_reference,
     fake=_frozen_grad_fake,
     autograd=not_differentiable("batch_norm_frozen_grad"),

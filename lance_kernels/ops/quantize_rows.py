@@ -80,7 +80,8 @@ def _quantize_reference(
     flat = in_order(x, order).view(outer, rows, -1).to(accumulation_dtype(x.dtype))
     if center is not None:
         flat = flat - center.to(flat.dtype)[:, None]
-    steps = (flat.abs().amax(dim=(0, 2)) / 127).to(torch.float32)
+    largest = flat.abs().amax(dim=(0, 2))
+    steps = torch.where(largest.isfinite(), largest / 127, torch.nan).to(torch.float32)
     inverse = torch.where(steps > 0, 1 / steps, 0.0).to(flat.dtype)
     codes = torch.round(flat * inverse[:, None]).nan_to_num(0).clamp(-127, 127)
     return codes.to(torch.int8).view(-1), steps

@@ -110,7 +110,7 @@ def test_opcheck(layout):
     opcheck(lance.batch_norm_frozen, (x.clone().requires_grad_(), weight, bias, mean, var))
     opcheck(lance.batch_norm_relu_frozen, (x.clone().requires_grad_(), weight, bias, mean, var, 1e-5, 6.0))
     opcheck(lance.batch_norm_relu_mask, (x, weight, bias, mean, var, 1e-5, None, order))
-    opcheck(lance.batch_norm_frozen_grad, (x, weight, var, 1e-5))
+    opcheck(lance.batch_norm_frozen_grad, (x, weight, var, 1e-5, order))
     mask = lance.pack_mask(x > 0, order)
     opcheck(lance.batch_norm_relu_grad, (x, mask, weight, var, 1e-5, order))
 
