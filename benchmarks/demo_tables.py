@@ -44,7 +44,7 @@ def _table(rows: list[Row]) -> Table:
         if method != plain:
             compression = significant(values[method, "counted compression"].median)
             counted = f"{compression}x ({bytes_text(accuracy.details['counted_bytes'])})"
-            held_text += f" ({values[plain, 'held bytes'].median / held:.2f}x less)"
+            held_text += f" ({significant(values[plain, 'held bytes'].median / held)}x less)"
             time = ratio_text(values[method, "step time"])
         cosines = [values[method, f"gradient cosine {when} training"].median for when in ("before", "after")]
         cosine = " / ".join(f"{value:.3f}" for value in cosines)
@@ -70,7 +70,8 @@ def _caption(rows: list[Row], values: dict[tuple[str, str], Row], methods: list[
         held = values[methods[0], "held bytes"].median
         falls = [held / values[method, "held bytes"].median for method in without]
         counted = max(values[method, "counted compression"].median for method in without)
-        falling = f"{min(falls):.2f}" if len(falls) == 1 else f"{min(falls):.2f} to {max(falls):.2f}"
+        least, most = significant(min(falls)), significant(max(falls))
+        falling = least if least == most else f"{least} to {most}"
         sentences.append(
             f"Held bytes fall only {falling} times without companions ({', '.join(without)}), although up to "
             f"{significant(counted)} times fewer are counted: batch norm still keeps its input and ReLU its output. "

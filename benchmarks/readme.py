@@ -22,20 +22,23 @@ MARKED = re.compile(r"<!-- results: (?P<suite>\w+) -->\n.*?<!-- end of results -
 SHOWN = (suites, demo_tables)  # importing them registers their suites
 
 
-def render(text: str, results: Path = RESULTS) -> str:
+def render(text: str, results: Path = RESULTS, *, strict: bool = True) -> str:
     """`text` with every marked part made anew from the results.
 
     Args:
         text: the README.
         results: folder of the results.
+        strict: refuse a marker without results; else leave what it marks.
 
     Raises:
-        ValueError: a marker names an unknown suite or one without results.
+        ValueError: a marker names an unknown suite, or one without results.
     """
 
     def part(match: re.Match[str]) -> str:
         name = match["suite"]
         path = results / name / "results.json"
+        if name in SUITES and not path.exists() and not strict:
+            return match[0]
         if name not in SUITES or not path.exists():
             raise ValueError(f"README marks results of {name!r}; {path} is not there or no suite has that name")
         table = markdown(SUITES[name], Results.read(path).rows)
@@ -48,7 +51,7 @@ def render(text: str, results: Path = RESULTS) -> str:
 def update(output: Path) -> None:
     """Renders the README again after results were written to `output`, if those are the results that it shows."""
     if output.resolve() == RESULTS and README.exists():
-        README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+        README.write_text(render(README.read_text(encoding="utf-8"), strict=False), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
