@@ -8,6 +8,7 @@ from lance_kernels.convert import Summary, compress_, exact, revert_
 from lance_kernels.drift import Drift, RecalibrateOnDrift, drift, stop_tracking, track_drift
 from lance_kernels.plan import Plan, plan
 from lance_kernels.report import Report, held_bytes, report
+from lance_kernels.state import plain_state_dict
 
 __all__ = [
     "Calibration",
@@ -25,6 +26,7 @@ __all__ = [
     "held_bytes",
     "nn",
     "ops",
+    "plain_state_dict",
     "plan",
     "report",
     "revert_",

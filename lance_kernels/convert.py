@@ -14,6 +14,7 @@ import lance_kernels.nn as lance_nn
 from lance_kernels.config import LanceConfig, matches
 from lance_kernels.nn._compressed import CompressedLayer
 from lance_kernels.nn.companions import apply_companions, companions_suspended, remove_companions
+from lance_kernels.state import forget_loading, prepare_loading
 
 COMPRESSED: dict[type[nn.Module], type[CompressedLayer]] = {
     layer.plain_type: layer for layer in (lance_nn.Linear, lance_nn.Conv1d, lance_nn.Conv2d, lance_nn.Conv3d)
@@ -79,6 +80,8 @@ def compress_(
         if not _is_candidate(module):
             continue
         reason = _reason_to_leave(module, name, config, filter_fn)
+        if reason is None and _is_dtensor(module.weight) and not fully_sharded(model):
+            reason = "tensor parallel (its weight is a DTensor)"
         if reason is not None:
             summary.left[name] = reason
             continue
@@ -89,6 +92,7 @@ def compress_(
         summary.compressed[name] = layer.__name__
     for name, kind, done in apply_companions(model, config.companions, lambda _, name: matches(name, excluded)):
         summary.companions[name] = f"{kind} {done}"
+    prepare_loading(model)
     return summary
 
 
@@ -102,6 +106,7 @@ def revert_(model: nn.Module) -> nn.Module:
         `model`.
     """
     remove_companions(model)
+    forget_loading(model)
     for _, layer in list(compressed_layers(model)):
         layer.lance_clear_factors()
         for attribute in [name for name in vars(layer) if name.startswith(("lance_", "_lance_"))]:
@@ -135,6 +140,15 @@ def compressed_layers(model: nn.Module) -> Iterator[tuple[str, CompressedLayer]]
     for name, module in model.named_modules():
         if isinstance(module, CompressedLayer):
             yield name, module
+
+
+def fully_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2's `fully_shard` has any of the model's parameters, which it gathers for every call."""
+    return any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
+
+
+def _is_dtensor(tensor: object) -> bool:
+    return type(tensor).__name__ == "DTensor"
 
 
 def _is_candidate(module: nn.Module) -> bool:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from lance_kernels.config import LanceConfig
+from lance_kernels.nn._shared import SharedCore
+from lance_kernels.nn._state import factor_name, layer_state, owner_tensor
 from lance_kernels.ops._checks import accumulation_dtype
 
 Factors = list[torch.Tensor | None]
-
-_FACTOR_NAME = re.compile(r"lance_factor_(\d+)of(\d+)")
 
 
 class CompressedLayer(nn.Module):
@@ -34,6 +34,10 @@ class CompressedLayer(nn.Module):
     lance_core_bits: int
     lance_exact: bool
     _lance_factor_names: tuple[str, ...]
+    # The layer that stores the factors this one uses too, and its name; a tuple hides it from `modules()`.
+    _lance_owner: tuple[CompressedLayer, str] | None
+    # Where an owner's core is found by the layers that use its factors; only owners have one.
+    _lance_shared: SharedCore | None
 
     def __init__(self, *args: Any, config: LanceConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -45,47 +49,96 @@ class CompressedLayer(nn.Module):
         self.lance_core_bits = config.core_bits or 0
         self.lance_exact = False
         self._lance_factor_names = ()
+        self._lance_owner = None
+        self._lance_shared = None
+
+    @property
+    def lance_source(self) -> CompressedLayer:
+        """The layer whose factors this one uses: itself, or the owner of its input group."""
+        return self if self._lance_owner is None else self._lance_owner[0]
 
     @property
     def is_calibrated(self) -> bool:
         """Whether the layer has factors, so that it keeps cores."""
-        return len(self._lance_factor_names) > 0
+        return len(self.lance_source._lance_factor_names) > 0
 
     @property
     def factors(self) -> Factors:
         """The factors, one `(size, rank)` matrix or None (mode kept) a mode of the input; empty before calibration."""
-        return [getattr(self, name) for name in self._lance_factor_names]
+        source = self.lance_source
+        return [getattr(source, name) for name in source._lance_factor_names]
+
+    @property
+    def lance_form(self) -> torch.Tensor:
+        """What a saved state says beside the factors: number of modes and bits a value of the core."""
+        return torch.tensor([len(self.lance_source._lance_factor_names), self.lance_core_bits])
+
+    @property
+    def lance_owner(self) -> torch.Tensor:
+        """Name of the layer that stores this one's factors, as a saved state has it; empty for one that has its own."""
+        return owner_tensor("" if self._lance_owner is None else self._lance_owner[1])
 
     def set_factors(self, factors: Sequence[torch.Tensor | None]) -> None:
         """Replaces the layer's factors.
 
         Args:
             factors: one `(size, rank)` matrix or None a mode of the input; empty makes the layer uncalibrated. They are
-                stored as buffers named `lance_factor_<mode>of<modes>`, in float32 (float64 for a float64 weight).
+                stored as buffers named `lance_factor_<mode>of<modes>`, in float32 (float64 for a float64 weight), also
+                when the model moves to a narrower dtype later, so that no step casts them.
         """
+        self._store_factors(factors, self.weight.device)
+
+    def _store_factors(self, factors: Sequence[torch.Tensor | None], device: torch.device) -> None:
         self.lance_clear_factors()
         dtype = accumulation_dtype(self.weight.dtype)
-        for mode, factor in enumerate(factors):
-            name = f"lance_factor_{mode}of{len(factors)}"
-            stored = None if factor is None else factor.detach().to(self.weight.device, dtype).contiguous()
+        names = tuple(factor_name(mode, len(factors)) for mode in range(len(factors)))
+        for name, factor in zip(names, factors):
+            stored = None if factor is None else factor.detach().to(device, dtype, copy=True).contiguous()
             self.register_buffer(name, stored)
-        self._lance_factor_names = tuple(f"lance_factor_{mode}of{len(factors)}" for mode in range(len(factors)))
+        self._lance_factor_names = names
 
     def lance_clear_factors(self) -> None:
         """Forgets the factors; the layer is plain again until it gets new ones."""
         for name in self._lance_factor_names:
             delattr(self, name)
         self._lance_factor_names = ()
+        self._lance_owner = None
+
+    def lance_use_factors_of(self, owner: CompressedLayer, name: str) -> None:
+        """Drops the layer's factors for those of a layer that reads the same input, and its cores with them.
+
+        Args:
+            owner: the other layer; it has factors of its own.
+            name: its name, for saved states.
+        """
+        self.lance_clear_factors()
+        self._lance_owner = (owner, name)
+        if owner._lance_shared is None:
+            owner._lance_shared = SharedCore()
 
     def lance_keeps_core(self) -> bool:
         """Whether a call now would keep a core: calibrated, and a weight gradient may be asked for."""
-        return (
+        keeps = (
             self.is_calibrated
             and not self.lance_exact
             and self.weight.requires_grad
             and torch.is_grad_enabled()
             and not torch.compiler.is_exporting()
         )
+        if keeps and not torch.compiler.is_compiling():
+            if torch._C._functorch.peek_interpreter_stack() is not None:
+                raise RuntimeError(
+                    "lance_kernels: torch.func transforms (grad, vmap, jvp, ...) need derivatives that a core cannot "
+                    "give; run them within lance_kernels.exact(model)"
+                )
+            if type(self.weight).__name__ == "DTensor":
+                warnings.warn(
+                    f"lance_kernels: the weight of {type(self).__name__} is a DTensor (tensor parallel); the layer "
+                    "keeps its whole input",
+                    stacklevel=3,
+                )
+                return False
+        return keeps
 
     def lance_factors_for(self, size: Sequence[int]) -> Factors | None:
         """Factors for an input of this size; None when there is nothing to compress.
@@ -112,25 +165,66 @@ class CompressedLayer(nn.Module):
             return None
         return fitting
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        found: dict[int, torch.Tensor] = {}
-        modes = 0
-        for key, value in state_dict.items():
-            match = _FACTOR_NAME.fullmatch(key.removeprefix(prefix)) if key.startswith(prefix) else None
-            if match is not None:
-                found[int(match[1])], modes = value, int(match[2])
-        if found:
-            self.set_factors([found.get(mode) for mode in range(modes)])
-        own = {f"{prefix}{name}": getattr(self, name) for name in self._lance_factor_names}
-        # Strict loading asks for every buffer: a plain model's state leaves the factors as they are.
-        present = {key: factor for key, factor in own.items() if factor is not None and key not in state_dict}
-        super()._load_from_state_dict({**state_dict, **present}, prefix, *args, **kwargs)
+    def lance_shared(self, x: torch.Tensor) -> SharedCore | None:
+        """Where the core of `x` is shared within the layer's input group; None when there is no group to share with."""
+        if torch.compiler.is_compiling() or x.is_inference():
+            return None
+        return self.lance_source._lance_shared
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        wide = {name: getattr(self, name) for name in self._lance_factor_names}
+        super()._apply(fn, recurse)
+        dtype = accumulation_dtype(self.weight.dtype)
+        for name, before in wide.items():
+            after = getattr(self, name)
+            if after is not None and after.dtype != dtype:
+                setattr(self, name, before.to(after.device, dtype))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_calibrated:
+            destination[f"{prefix}lance_form"] = self.lance_form
+            if self._lance_owner is not None:
+                destination[f"{prefix}lance_owner"] = self.lance_owner
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        found, problems = layer_state(self, own, prefix)
+        error_msgs.extend(problems)
+        if found is not None:
+            for key in found.keys:
+                del own[key]
+            if found.complete and not problems:
+                assign = local_metadata.get("assign_to_params_buffers", False)
+                device = next((f.device for f in found.factors if f is not None and assign), self.weight.device)
+                self._store_factors(found.factors, device)
+                self.lance_core_bits = found.core_bits
+            elif found.owner and not problems:
+                # The root's hook finds the owner once everything is loaded.
+                vars(self)["_lance_pending_owner"] = found.owner
+                self.lance_core_bits = found.core_bits
+        # Strict loading asks for every buffer: the factors were dealt with here, or stay as they are.
+        for name in self._lance_factor_names:
+            if getattr(self, name) is not None:
+                own[f"{prefix}{name}"] = getattr(self, name)
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
         """The namesake's, and the factors' sizes and ranks."""
         shapes = ["keep" if f is None else f"{f.shape[0]}->{f.shape[1]}" for f in self.factors]
         bits = f", core_bits={self.lance_core_bits}" if self.lance_core_bits else ""
-        state = f"factors=({', '.join(shapes)}){bits}" if self.is_calibrated else "not calibrated"
+        owner = "" if self._lance_owner is None else f", shared with {self._lance_owner[1]}"
+        state = f"factors=({', '.join(shapes)}){bits}{owner}" if self.is_calibrated else "not calibrated"
         return f"{super().extra_repr()}, {state}"
 
 

@@ -23,18 +23,18 @@ class _Convolution(CompressedLayer, nn.modules.conv._ConvNd):
         if factors is None:
             y: torch.Tensor = super().forward(input)
             return y
-        y = torch.ops.lance.convolution(
-            input if batched else input.unsqueeze(0),
-            self.weight,
-            self.bias,
-            self.stride,
-            self.lance_padding(),
-            self.dilation,
-            self.groups,
-            factors,
-            self.lance_core_bits,
-            self.padding_mode,
-        )[0]
+        x = input if batched else input.unsqueeze(0)
+        numbers = (self.stride, self.lance_padding(), self.dilation, self.groups)
+        bits, shared = self.lance_core_bits, self.lance_shared(input)
+        core = None if shared is None else shared.find(input, factors, bits)
+        if core is not None:
+            y = torch.ops.lance.convolution_given_core(
+                x, self.weight, self.bias, *numbers, core, factors, bits, self.padding_mode
+            )
+        else:
+            y, core = torch.ops.lance.convolution(x, self.weight, self.bias, *numbers, factors, bits, self.padding_mode)
+            if shared is not None:
+                shared.store(input, factors, bits, core)
         return y if batched else y.squeeze(0)
 
     def lance_padding(self) -> list[int]:

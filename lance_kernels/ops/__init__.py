@@ -7,6 +7,7 @@ from lance_kernels.ops.convolution import convolution
 from lance_kernels.ops.convolution_weight_grad import convolution_weight_grad
 from lance_kernels.ops.dropout import dropout
 from lance_kernels.ops.frozen_convolution import frozen_convolution
+from lance_kernels.ops.given_core import convolution_given_core, linear_given_core
 from lance_kernels.ops.linear import linear, linear_weight_grad
 from lance_kernels.ops.mask import hardtanh, hardtanh_, leaky_relu, leaky_relu_, relu, relu_
 from lance_kernels.ops.mode_gram import gram_eigh, mode_gram, mode_grams_
@@ -26,6 +27,7 @@ __all__ = [
     "batch_norm_frozen",
     "batch_norm_relu_frozen",
     "convolution",
+    "convolution_given_core",
     "convolution_weight_grad",
     "dequantize_rows",
     "derivative_bound",
@@ -39,6 +41,7 @@ __all__ = [
     "leaky_relu",
     "leaky_relu_",
     "linear",
+    "linear_given_core",
     "linear_weight_grad",
     "max_pool",
     "mode_gram",

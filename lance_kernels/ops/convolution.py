@@ -152,17 +152,13 @@ def _split_padding(pairs: Sequence[tuple[int, int]], mode: str) -> tuple[list[in
     return inner, [(before - least, after - least) for (before, after), least in zip(pairs, inner)]
 
 
-def _forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    geometry: Geometry,
-    factors: Factors,
-    core_bits: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry, factors: Factors
+) -> torch.Tensor:
+    """The library's convolution, its arguments checked."""
     pairs = _check_convolution(x, weight, bias, geometry, factors)
     inner, outer = _split_padding(pairs, geometry.padding_mode)
-    y = torch.ops.aten.convolution(
+    y: torch.Tensor = torch.ops.aten.convolution(
         pad_spatial(x, outer, geometry.padding_mode),
         weight,
         bias,
@@ -173,7 +169,18 @@ def _forward(
         [0] * len(inner),
         geometry.groups,
     )
-    return y, keep_core(x, factors, core_bits)
+    return y
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    geometry: Geometry,
+    factors: Factors,
+    core_bits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _product(x, weight, bias, geometry, factors), keep_core(x, factors, core_bits)
 
 
 def _input_grad(
@@ -268,11 +275,7 @@ def _convolution_fake(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # Forwarding to the library's fake convolution gives its strides.
     geometry = Geometry(stride, padding, dilation, groups, padding_mode)
-    pairs = _check_convolution(x, weight, bias, geometry, factors)
-    inner, outer = _split_padding(pairs, padding_mode)
-    padded = pad_spatial(x, outer, padding_mode)
-    y = torch.ops.aten.convolution(padded, weight, bias, stride, inner, dilation, False, [0] * len(inner), groups)
-    return y, fake_core(x, factors, core_bits)
+    return _product(x, weight, bias, geometry, factors), fake_core(x, factors, core_bits)
 
 
 def _convolution_autograd(
