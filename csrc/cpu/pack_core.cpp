@@ -1,0 +1,237 @@
+// pack_core and unpack_core; the layout of the buffer is described in lance_kernels/ops/pack_core.py.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "common.h"
+
+namespace lance {
+namespace {
+
+constexpr int64_t group_size = 16;
+constexpr int missing = 255;
+constexpr int scale_count = missing - 1;
+// Groups a task takes; a multiple of eight codes always ends at a byte.
+constexpr int64_t groups_at_once = 1024;
+
+void check_bits(const char* operation, int64_t bits) {
+  check(bits == 8 || bits == 4 || bits == 2, "lance::", operation, ": bits is ", bits, "; expected 8, 4 or 2");
+}
+
+struct Layout {
+  int64_t count;
+  int64_t groups;
+  int64_t codes;   // where they begin
+  int64_t scales;  // where they begin
+  int64_t bytes;
+
+  Layout(int64_t count, int64_t bits)
+      : count(count),
+        groups((count + group_size - 1) / group_size),
+        codes(4),
+        scales(codes + (count * bits + 7) / 8),
+        bytes(scales + groups) {}
+};
+
+// Falling from `base` by eighths of an octave.
+std::array<float, scale_count> scales_below(float base) {
+  static const std::array<float, scale_count> table = [] {
+    std::array<float, scale_count> powers;
+    for (int code = 0; code < scale_count; ++code) {
+      powers[code] = static_cast<float>(std::exp2(code / -8.0));
+    }
+    return powers;
+  }();
+  std::array<float, scale_count> scales;
+  for (int code = 0; code < scale_count; ++code) {
+    scales[code] = base * table[code];
+  }
+  return scales;
+}
+
+using Group = std::array<float, group_size>;
+
+// One group in float32, zeros behind the core's end.
+template <typename T>
+Group load(const T* values, const Layout& layout, int64_t index) {
+  Group group;
+  const T* from = values + index * group_size;
+  const int64_t size = layout.count - index * group_size;
+  if (size >= group_size) {
+    for (int64_t place = 0; place < group_size; ++place) {
+      group[place] = static_cast<float>(from[place]);
+    }
+  } else {
+    group.fill(0);
+    std::transform(from, from + size, group.begin(), [](T value) { return static_cast<float>(value); });
+  }
+  return group;
+}
+
+// The largest magnitude; as integers, NaN and infinity are above every number.
+float largest_magnitude(const Group& group) {
+  std::array<int32_t, group_size> words;
+  std::memcpy(words.data(), group.data(), sizeof(group));
+  int32_t largest = 0;
+  for (const int32_t word : words) {
+    largest = std::max(largest, word & 0x7fffffff);
+  }
+  float magnitude;
+  std::memcpy(&magnitude, &largest, sizeof(magnitude));
+  return magnitude;
+}
+
+// One group's codes, least significant bits first.
+template <int bits>
+std::array<uint8_t, group_size * bits / 8> codes_of(const Group& group, float step) {
+  constexpr int per_byte = 8 / bits;
+  constexpr float largest = (1 << (bits - 1)) - 1;
+  // Adding it leaves no bits behind the point: rounds to nearest, ties to even.
+  constexpr float rounder = 1.5f * (1 << 23);
+  std::array<int32_t, group_size> whole;
+  for (int64_t place = 0; place < group_size; ++place) {
+    const float ratio = std::min(std::max(group[place] / step, -largest), largest);
+    const float rounded = (ratio + rounder) - rounder;
+    whole[place] = static_cast<int32_t>(rounded + largest);
+  }
+  std::array<uint8_t, group_size * bits / 8> codes;
+  for (size_t byte = 0; byte < codes.size(); ++byte) {
+    int32_t packed = 0;
+    for (int place = 0; place < per_byte; ++place) {
+      packed |= whole[byte * per_byte + place] << (place * bits);
+    }
+    codes[byte] = static_cast<uint8_t>(packed);
+  }
+  return codes;
+}
+
+// Two passes over a core that fits the cache: the groups' largest magnitudes, then the codes. Scratch: one float a
+// group.
+template <int bits, typename T>
+void pack(const T* values, const Layout& layout, uint8_t* packed) {
+  std::vector<float> magnitudes(layout.groups);
+  parallel_for(0, layout.groups, groups_at_once, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      magnitudes[group] = largest_magnitude(load(values, layout, group));
+    }
+  });
+  float base = 0;
+  for (const float magnitude : magnitudes) {
+    base = std::isfinite(magnitude) ? std::max(base, magnitude) : base;
+  }
+  const std::array<float, scale_count> scales = scales_below(base);
+  parallel_for(0, layout.groups, groups_at_once, [&](int64_t begin, int64_t end) {
+    constexpr float largest = (1 << (bits - 1)) - 1;
+    for (int64_t group = begin; group < end; ++group) {
+      const float magnitude = magnitudes[group];
+      int chosen = missing;
+      float step = 0;
+      if (std::isfinite(magnitude)) {
+        // The last scale that is not below the magnitude.
+        const auto below =
+            std::partition_point(scales.begin(), scales.end(), [magnitude](float scale) { return scale >= magnitude; });
+        chosen = static_cast<int>(below - scales.begin()) - 1;
+        step = scales[chosen] / largest;
+      }
+      packed[layout.scales + group] = static_cast<uint8_t>(chosen);
+      // Without a step every code is that of zero.
+      const auto codes = step > 0 ? codes_of<bits>(load(values, layout, group), step) : codes_of<bits>({}, 1);
+      const int64_t offset = group * static_cast<int64_t>(codes.size());
+      const int64_t size = std::min<int64_t>(codes.size(), layout.scales - layout.codes - offset);
+      std::copy_n(codes.begin(), size, packed + layout.codes + offset);
+    }
+  });
+  std::memcpy(packed, &base, sizeof(base));
+}
+
+template <int bits, typename T>
+void unpack(const uint8_t* packed, const Layout& layout, T* values) {
+  constexpr int per_byte = 8 / bits;
+  constexpr int mask = (1 << bits) - 1;
+  constexpr float largest = (1 << (bits - 1)) - 1;
+  float base;
+  std::memcpy(&base, packed, sizeof(base));
+  const std::array<float, scale_count> scales = scales_below(base);
+  std::array<float, 256> steps;
+  steps.fill(std::numeric_limits<float>::quiet_NaN());
+  for (int code = 0; code < scale_count; ++code) {
+    steps[code] = scales[code] / largest;
+  }
+  parallel_for(0, layout.groups, groups_at_once, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      const float step = steps[packed[layout.scales + group]];
+      const uint8_t* codes = packed + layout.codes + group * group_size * bits / 8;
+      T* to = values + group * group_size;
+      const int64_t size = std::min(group_size, layout.count - group * group_size);
+      for (int64_t index = 0; index < size; ++index) {
+        const int code = (codes[index / per_byte] >> (index % per_byte * bits)) & mask;
+        to[index] = static_cast<T>((static_cast<float>(code) - largest) * step);
+      }
+    }
+  });
+}
+
+// Calls `body` with the number of bits as a type.
+template <typename Body>
+void dispatch_bits(int64_t bits, const Body& body) {
+  switch (bits) {
+    case 8:
+      return body(std::integral_constant<int, 8>{});
+    case 4:
+      return body(std::integral_constant<int, 4>{});
+    default:
+      return body(std::integral_constant<int, 2>{});
+  }
+}
+
+Tensor pack_core(const Tensor& core, int64_t bits) {
+  check_bits("pack_core", bits);
+  check_floating("pack_core", "core", core);
+  const Layout layout(core.numel(), bits);
+  const Tensor dense = torch::stable::contiguous(core);
+  Tensor packed = torch::stable::new_empty(core, {layout.bytes}, ScalarType::Byte);
+  dispatch_floating(core.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    dispatch_bits(bits, [&](auto width) {
+      pack<decltype(width)::value>(static_cast<const T*>(dense.const_data_ptr()), layout,
+                                   static_cast<uint8_t*>(packed.mutable_data_ptr()));
+    });
+  });
+  return packed;
+}
+
+Tensor unpack_core(const Tensor& packed, std::vector<int64_t> size, int64_t bits, ScalarType dtype) {
+  check_bits("unpack_core", bits);
+  check(is_floating(dtype), "lance::unpack_core: dtype is ", dtype_name(dtype),
+        "; expected float32, float64, bfloat16 or float16");
+  check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1, "lance::unpack_core: packed is ",
+        dtype_name(packed.scalar_type()), " of shape ", shape_string(packed), "; expected a flat uint8 buffer");
+  int64_t count = 1;
+  for (const int64_t extent : size) {
+    check(extent >= 0, "lance::unpack_core: size is ", shape_string(size), "; expected no negative entry");
+    count *= extent;
+  }
+  const Layout layout(count, bits);
+  check(packed.size(0) == layout.bytes, "lance::unpack_core: packed has ", packed.size(0), " bytes; expected ",
+        layout.bytes, " for size ", shape_string(size), " in ", bits, " bits");
+  const Tensor dense = torch::stable::contiguous(packed);
+  Tensor core = torch::stable::new_empty(packed, size, dtype);
+  dispatch_floating(dtype, [&](auto type) {
+    using T = decltype(type);
+    dispatch_bits(bits, [&](auto width) {
+      unpack<decltype(width)::value>(static_cast<const uint8_t*>(dense.const_data_ptr()), layout,
+                                     static_cast<T*>(core.mutable_data_ptr()));
+    });
+  });
+  return core;
+}
+
+}  // namespace
+}  // namespace lance
+
+STABLE_TORCH_LIBRARY_IMPL(lance, CPU, m) {
+  m.impl("pack_core", TORCH_BOX(&lance::pack_core));
+  m.impl("unpack_core", TORCH_BOX(&lance::unpack_core));
+}
