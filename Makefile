@@ -60,20 +60,22 @@ cmake: $(INSTALLED)
 	cmake --build build/cmake
 	ctest --test-dir build/cmake --output-on-failure
 
-# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, driven by their own tests. Leaks are not looked
-# for: Python and PyTorch keep memory until the process ends.
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, driven by their own tests and the operators'.
+# Fresh memory is filled with 0xff bytes, which are NaN. Leaks are not looked for: Python and PyTorch keep memory until
+# the process ends.
 sanitize: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DPython3_EXECUTABLE=$(PY) \
 		-DLANCE_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	cmake --build build/sanitize
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255 \
+		UBSAN_OPTIONS=print_stacktrace=1 \
 		LANCE_CPU_LIBRARY=$(abspath build/sanitize/lance_cpu.so) \
-		$(PY) -m pytest -q -p no:cacheprovider tests/csrc $(PYTEST_ARGS)
+		$(PY) -m pytest -q -p no:cacheprovider -n $(JOBS) tests/csrc tests/ops $(PYTEST_ARGS)
 
 # Hypothesis with many more examples than `make test` draws.
 fuzz: build
-	LANCE_EXAMPLES=2000 $(PY) -m pytest -q -n $(JOBS) tests/csrc tests/ops $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -q -n $(JOBS) tests/csrc tests/ops $(PYTEST_ARGS)
 
 aarch64: $(INSTALLED)
 	.ci/aarch64 $(PY)

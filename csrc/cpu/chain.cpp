@@ -118,34 +118,40 @@ void search(const Sizes& sizes, const Sizes& strides, ScalarType dtype, std::vec
   }
 }
 
+// to (rows, columns), dense, from a factor of any floating dtype.
+template <typename T>
+void gather_any(const Tensor& factor, int64_t rows, int64_t row_stride, int64_t columns, int64_t column_stride, T* to) {
+  const ScalarType dtype = factor.scalar_type();
+  const void* from = factor.const_data_ptr();
+  if (accumulation_dtype(dtype) == dtype_of<T>) {
+    gather(from, dtype, rows, row_stride, columns, column_stride, to, columns);
+    return;
+  }
+  dispatch_floating(dtype, [&](auto value) {
+    const auto* source = static_cast<const decltype(value)*>(from);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t column = 0; column < columns; ++column) {
+        to[row * columns + column] = static_cast<T>(source[row * row_stride + column * column_stride]);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 template <typename T>
 Matrix<T> projecting(const Tensor& factor) {
   Matrix<T> matrix{factor.size(0), factor.size(1), Buffer<T>(factor.numel())};
-  const ScalarType dtype = factor.scalar_type();
-  dispatch_floating(dtype, [&](auto value) {
-    using S = decltype(value);
-    const S* source = factor.const_data_ptr<S>();
-    for (int64_t row = 0; row < matrix.inputs; ++row) {
-      for (int64_t column = 0; column < matrix.outputs; ++column) {
-        matrix.data.data()[row * matrix.outputs + column] =
-            static_cast<T>(source[row * factor.stride(0) + column * factor.stride(1)]);
-      }
-    }
-  });
+  const int64_t strides[2] = {factor.stride(0), factor.stride(1)};
+  gather_any(factor, matrix.inputs, strides[0], matrix.outputs, strides[1], matrix.data.data());
   return matrix;
 }
 
 template <typename T>
 Matrix<T> expanding(const Tensor& factor) {
-  const Matrix<T> straight = projecting<T>(factor);
-  Matrix<T> matrix{straight.outputs, straight.inputs, Buffer<T>(factor.numel())};
-  for (int64_t row = 0; row < matrix.inputs; ++row) {
-    for (int64_t column = 0; column < matrix.outputs; ++column) {
-      matrix.data.data()[row * matrix.outputs + column] = straight.data.data()[column * straight.outputs + row];
-    }
-  }
+  Matrix<T> matrix{factor.size(1), factor.size(0), Buffer<T>(factor.numel())};
+  const int64_t strides[2] = {factor.stride(0), factor.stride(1)};
+  gather_any(factor, matrix.inputs, strides[1], matrix.outputs, strides[0], matrix.data.data());
   return matrix;
 }
 

@@ -20,8 +20,8 @@ void check_factors(const char* operation, const char* argument, const Tensor& te
     check(factor.dim() == 2 && factor.size(1) > 0, "lance::", operation, ": ", name, " has shape ",
           shape_string(factor), "; expected (size, rank) with rank >= 1");
     check(factor.size(side) == sizes[mode], "lance::", operation, ": ", name, " has shape ", shape_string(factor),
-          ", its ", side ? "rank" : "size", " should be that of mode ", mode, " of ", argument, ", whose shape is ",
-          shape_string(sizes));
+          "; expected its ", side ? "rank" : "size", " to be that of mode ", mode, " of ", argument,
+          ", whose shape is ", shape_string(sizes));
     check(factor.is_cpu(), "lance::", operation, ": ", name, " is not on cpu; expected cpu, where ", argument, " is");
   }
 }

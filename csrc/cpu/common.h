@@ -87,6 +87,17 @@ inline std::string shape_string(const Sizes& sizes) {
   return out.str();
 }
 
+// As Python prints a list: [2, 3].
+inline std::string list_string(const Sizes& values) {
+  std::ostringstream out;
+  out << '[';
+  for (size_t index = 0; index < values.size(); ++index) {
+    out << (index ? ", " : "") << values[index];
+  }
+  out << ']';
+  return out.str();
+}
+
 inline std::string shape_string(const Tensor& tensor) {
   return shape_string(sizes_of(tensor));
 }

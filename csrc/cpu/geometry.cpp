@@ -3,16 +3,6 @@
 namespace lance {
 namespace {
 
-std::string list_string(const Sizes& values) {
-  std::ostringstream out;
-  out << '[';
-  for (size_t index = 0; index < values.size(); ++index) {
-    out << (index ? ", " : "") << values[index];
-  }
-  out << ']';
-  return out.str();
-}
-
 bool all_at_least(const Sizes& values, int64_t least) {
   return std::all_of(values.begin(), values.end(), [least](int64_t value) { return value >= least; });
 }

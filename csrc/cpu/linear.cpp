@@ -14,7 +14,7 @@ void check_weight_grad(const Tensor& grad_output, const Tensor& core, const Fact
   const bool same_modes = core.dim() > 0 && grad_output.dim() == core.dim();
   given.resize(same_modes ? given.size() - 1 : given.size());
   check(same_modes && given == leading, "lance::linear_weight_grad: grad_output has shape ", shape_string(grad_output),
-        "; expected (", shape_string(leading), ", O), the input's leading modes as core, of shape ", shape_string(core),
+        "; expected (", list_string(leading), ", O), the input's leading modes as core, of shape ", shape_string(core),
         ", and factors give them");
 }
 

@@ -15,12 +15,14 @@ int64_t check_mode(const char* operation, const Tensor& x, int64_t mode) {
 
 Sizes check_grams(const std::vector<Tensor>& grams, const Tensor& x, const Sizes& modes) {
   check(grams.size() == modes.size(), "lance::mode_grams_: grams has ", grams.size(),
-        " entries; expected one for each of the ", modes.size(), " modes");
+        " entries; expected one for each of modes ", list_string(modes));
   Sizes wrapped;
   for (const int64_t mode : modes) {
     wrapped.push_back(check_mode("mode_grams_", x, mode));
-    check(std::count(wrapped.begin(), wrapped.end(), wrapped.back()) == 1, "lance::mode_grams_: modes names mode ",
-          mode, " of x twice");
+  }
+  for (const int64_t mode : wrapped) {
+    check(std::count(wrapped.begin(), wrapped.end(), mode) == 1, "lance::mode_grams_: modes ", list_string(modes),
+          " names a mode twice");
   }
   const bool wide = x.scalar_type() == ScalarType::Double;
   for (size_t index = 0; index < grams.size(); ++index) {
