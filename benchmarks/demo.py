@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -164,7 +165,7 @@ def _within(
         total = 0
         for name, ranks in calibration.apply(model, config).items():
             core = [size if rank is None else rank for size, rank in zip(calibration.layers[name].size, ranks)]
-            total += packed_bytes(core, config.core_bits or 32)
+            total += packed_bytes(core, config.core_bits) if config.core_bits else 4 * math.prod(core)
         if total <= most_bytes:
             break
     return config

@@ -56,14 +56,15 @@ def _caption(rows: list[Row], values: dict[tuple[str, str], Row], methods: list[
     facts = {method: values[method, "test accuracy"].details for method in methods}
     plain, first = facts[methods[0]], facts[methods[1]]
     seeds = len(plain["seeds"])
-    sentences = [
+    lines = [
         *(f"{method}: {_form(facts[method])}." for method in methods[1:]),
         f"Batch {plain['batch']}, {plain['epochs']} epochs, {seeds} {'seed' if seeds == 1 else 'seeds (medians)'}; "
-        f"{LAYERS[plain['layers']]}. Counted: inputs of the {len(plain['compressed'])} compressed convolutions "
-        f"({bytes_text(first['dense_bytes'])} a batch) over the cores kept in their place, as papers count. "
-        "Held by autograd: everything "
-        "kept for one step, each storage once. Step time: over plain's in the same round. Gradient cosine: to the "
-        "dense weight gradient, mean over layers and batches, before / after training.",
+        f"{LAYERS[plain['layers']]}.",
+        f"Counted: inputs of the {len(plain['compressed'])} compressed convolutions, "
+        f"{bytes_text(first['dense_bytes'])} a batch, over the cores kept in their place (factors, shared by all "
+        "steps, left out). Held by autograd: everything kept for one step, parameters and buffers left out, "
+        "each storage once. Step time: over plain's in the same round. Gradient cosine: to the dense weight gradient, "
+        "mean over layers and batches, before / after training.",
     ]
     without = [method for method in methods[1:] if facts[method]["companions"] == "none"]
     if without:
@@ -72,13 +73,13 @@ def _caption(rows: list[Row], values: dict[tuple[str, str], Row], methods: list[
         counted = max(values[method, "counted compression"].median for method in without)
         least, most = significant(min(falls)), significant(max(falls))
         falling = least if least == most else f"{least} to {most}"
-        sentences.append(
+        lines.append(
             f"Held bytes fall only {falling} times without companions ({', '.join(without)}), although up to "
             f"{significant(counted)} times fewer are counted: batch norm still keeps its input and ReLU its output. "
             "They fall once companions stand in for those modules."
         )
-    sentences.append(f"Command: `{plain['command']}`. {environment_text(rows)}")
-    return " ".join(sentences)
+    lines.append(f"Command: `{plain['command']}`. {environment_text(rows)}")
+    return "\n".join(lines)
 
 
 def _form(details: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,13 @@ class Row:
     target: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> Spread | None:
+        """The ratio to the baseline, where there is one."""
+        if self.ratio_median is None or self.ratio_p10 is None or self.ratio_p90 is None:
+            return None
+        return Spread(self.ratio_median, self.ratio_p10, self.ratio_p90)
 
     def as_dict(self) -> dict[str, Any]:
         """The row as one flat JSON object; the environment's fields stand beside the row's own."""
@@ -185,7 +192,7 @@ def make_rows(
     unit: str = "s",
     seed: int | None = None,
     baseline: str | None = None,
-    targets: dict[str, float] | None = None,
+    targets: Mapping[str, float | None] | None = None,
     details: dict[str, dict[str, Any]] | None = None,
 ) -> list[Row]:
     """One row a method from paired samples.

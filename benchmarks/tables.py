@@ -20,7 +20,7 @@ class Table:
         title: what the table shows.
         columns: heading.
         rows: cells.
-        caption: sentences below the table.
+        caption: paragraphs below the table, a line each.
     """
 
     title: str
@@ -33,7 +33,7 @@ class Table:
         lines = [f"**{self.title}**", "", _markdown_line(self.columns), _markdown_line(["---"] * len(self.columns))]
         lines += [_markdown_line(row) for row in self.rows]
         if self.caption:
-            lines += ["", self.caption]
+            lines += ["", *"\n\n".join(self.caption.splitlines()).splitlines()]
         return "\n".join(lines)
 
     def rich(self) -> Any:
@@ -73,9 +73,8 @@ def bytes_text(count: float) -> str:
 
 def ratio_text(row: Row) -> str:
     """A row's ratio to its baseline with its spread, as in `0.12 (0.11 to 0.14)`."""
-    if row.ratio_median is None or row.ratio_p10 is None or row.ratio_p90 is None:
-        return "-"
-    return f"{row.ratio_median:.2f} ({row.ratio_p10:.2f} to {row.ratio_p90:.2f})"
+    ratio = row.ratio
+    return "-" if ratio is None else f"{ratio.median:.2f} ({ratio.p10:.2f} to {ratio.p90:.2f})"
 
 
 def missed(row: Row) -> bool:
@@ -112,16 +111,14 @@ def generic_tables(rows: list[Row]) -> list[Table]:
 
 def generic_plot(rows: list[Row], path: Path) -> None:
     """Bars of every ratio with its 10th to 90th percentile, targets as marks."""
-    compared = [row for row in rows if row.ratio_median is not None]
+    pairs = [(row, row.ratio) for row in rows if row.ratio is not None]
+    compared, ratios = [row for row, _ in pairs], [ratio for _, ratio in pairs]
     figure, axes = new_figure(width=9.0, height=1.2 + 0.28 * max(len(compared), 3))
     positions = range(len(compared))
     axes.barh(
         positions,
-        [row.ratio_median for row in compared],
-        xerr=[
-            [row.ratio_median - row.ratio_p10 for row in compared],
-            [row.ratio_p90 - row.ratio_median for row in compared],
-        ],
+        [ratio.median for ratio in ratios],
+        xerr=[[ratio.median - ratio.p10 for ratio in ratios], [ratio.p90 - ratio.median for ratio in ratios]],
         color=["tab:orange" if missed(row) else "tab:blue" for row in compared],
         error_kw={"elinewidth": 0.8, "capsize": 2},
     )

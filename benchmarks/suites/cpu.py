@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ STEP_TARGETS = {
 }
 PROJECTION_TARGET, PUBLISHED_TARGET, GROWTH_TARGET = 0.35, 0.5, 1.05
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
+LayerMeasure = Callable[[Layer, Context], list[Row]]
 
 SUITE = register(
     Suite(
@@ -78,7 +79,9 @@ def against_published(layer: Layer, context: Context) -> list[Row]:
     return _compare(context, methods, PUBLISHED, {OURS: PUBLISHED_TARGET})
 
 
-def _compare(context: Context, methods: dict[str, Any], baseline: str, targets: dict[str, float]) -> list[Row]:
+def _compare(
+    context: Context, methods: Mapping[str, Method], baseline: str, targets: dict[str, float | None]
+) -> list[Row]:
     return make_rows(
         context.suite,
         context.case,
@@ -147,14 +150,14 @@ def _register_layers() -> None:
     ):
         for layer in LAYERS:
 
-            def run(context: Context, layer: Layer = layer, measure: Any = measure) -> list[Row]:
+            def run(context: Context, layer: Layer = layer, measure: LayerMeasure = measure) -> list[Row]:
                 return measure(layer.with_batch(2) if context.quick else layer, context)
 
             SUITE.case(f"{question}: {layer.name}")(run)
 
 
 def _register_growth() -> None:
-    kernels = {
+    kernels: dict[Layer, tuple[str, ...]] = {
         CONV_64: ("tucker_project", "tucker_reconstruct", "mode_gram", "mode_grams_", "pack_core"),
         CONV_512: ("convolution_weight_grad", "convolution"),
         LINEAR_192: ("tucker_project", "mode_grams_", "linear_weight_grad", "linear"),

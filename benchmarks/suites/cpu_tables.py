@@ -36,7 +36,7 @@ def tables(rows: list[Row]) -> list[Table]:
         if chosen:
             found.append(_growth_table(title, chosen) if question == "growth" else _ratio_table(title, chosen))
     if found:
-        found[-1].caption = " ".join(
+        found[-1].caption = "\n".join(
             part
             for part in (
                 found[-1].caption,
@@ -58,7 +58,7 @@ def _ratio_table(title: str, rows: list[Row]) -> Table:
         ratio = "1" if row.method in baselines else ratio_text(row)
         table.rows.append((case, row.method, value_text(row.median, row.unit), ratio, target))
     notes = {row.details["note"]: None for row in rows if "note" in row.details}
-    table.caption = " ".join(notes)
+    table.caption = "\n".join(notes)
     return table
 
 
