@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from torch.nn import functional as F
 
 import lance_kernels as lance
 from tests.models import MODELS, images
+
+ROOT = Path(__file__).parent.parent
 
 
 def mean(output):
@@ -137,6 +142,30 @@ def test_prints_and_serialises():
     again = json.loads(json.dumps(result.to_dict()))
     assert again["held_bytes"] == result.held_bytes
     assert again["layers"][0]["name"] == "0"
+
+
+def test_plots_who_holds_what(tmp_path):
+    model, x = compressed()
+    lance.report(model, x).plot(tmp_path / "held.png")
+    assert (tmp_path / "held.png").read_bytes().startswith(b"\x89PNG")
+
+
+def wide_model(width):
+    model = nn.Sequential(nn.Linear(64, int(width)), nn.Tanh(), nn.Linear(int(width), 1))
+    return model, torch.randn(4096, 64), mean
+
+
+def test_peak_resident_memory_in_a_fresh_process():
+    found = []
+    for width in ("256", "2048"):
+        command = [sys.executable, "-m", "lance_kernels.report", "tests.test_report:wide_model", width]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        found.append(json.loads(answer.stdout))
+    # Tanh's output, its gradient and the gradient before it: at least two of them are there at once.
+    for width, entry in zip((256, 2048), found):
+        assert entry["above"] == entry["peak"] - entry["before"]
+        assert entry["above"] >= 2 * 4 * 4096 * width
+    assert found[1]["above"] <= 6 * 4 * 4096 * 2048
 
 
 def test_a_model_without_compression_and_a_huggingface_loss():

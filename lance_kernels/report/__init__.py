@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +108,28 @@ class Report:
         for entry in self.held:
             totals[entry.module] += entry.bytes
         return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+    def plot(self, path: str | Path, most: int = 20) -> None:
+        """Draws a bar chart of the modules that hold most, and writes it as an image.
+
+        Args:
+            path: file to write; its ending chooses the format.
+            most: number of bars; what further modules hold is one more.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from matplotlib.figure import Figure
+
+        totals = list(self.held_by_module().items())
+        rest = sum(size for _, size in totals[most:])
+        bars = [(name or "(root)", size) for name, size in totals[:most]] + ([("others", rest)] if rest else [])
+        figure = Figure(figsize=(8, 1 + 0.3 * max(len(bars), 2)), layout="constrained")
+        axes = figure.subplots()
+        axes.barh([name for name, _ in bars], [size / 1e6 for _, size in bars])
+        axes.invert_yaxis()
+        axes.set_xlabel(f"MB held by autograd, {self.held_bytes / 1e6:.3f} in all")
+        figure.savefig(path)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""
