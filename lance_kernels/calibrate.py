@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lance_kernels._batches import run_model, to_device_of
+from lance_kernels._grams import Collector, Grams, Seen, agree, groups_within
 from lance_kernels.config import LanceConfig
 from lance_kernels.convert import compressed_layers
-from lance_kernels.nn._compressed import CompressedLayer
-from lance_kernels.ops._checks import accumulation_dtype
+from lance_kernels.distributed import Ranks
+from lance_kernels.ops._checks import FLOATING
 from lance_kernels.plan import choose_ranks, plan
+from lance_kernels.state import atomic_save, share_factors
 
 
 @dataclass
@@ -45,12 +50,14 @@ class Calibration:
     Attributes:
         layers: spectra by layer name.
         uncalled: layers that no batch reached; they are left uncalibrated, that is, plain.
-        batches: number of batches seen.
+        batches: number of batches seen, over all ranks.
+        shared: by layer that had the same input tensors as another, the name of that other; their spectra are one.
     """
 
     layers: dict[str, Spectrum] = field(default_factory=dict)
     uncalled: list[str] = field(default_factory=list)
     batches: int = 0
+    shared: dict[str, str] = field(default_factory=dict)
 
     def apply(self, model: nn.Module, config: LanceConfig | None = None) -> dict[str, list[int | None]]:
         """Gives the model's layers factors of ranks chosen from these spectra.
@@ -75,6 +82,7 @@ class Calibration:
             bits = (None,) if next(iter(rules.values())).core_bits is None else (8, 4, 2)
             planned = plan(model, self, budget, bits=bits, config=config)
             planned.apply(model, self)
+            share_factors(model, self.shared)
             return {name: layer.ranks for name, layer in planned.layers.items()}
         chosen: dict[str, list[int | None]] = {}
         for name, spectrum in self.layers.items():
@@ -84,90 +92,58 @@ class Calibration:
             layers[name].set_factors(
                 [None if vectors is None or rank is None else vectors[:, :rank] for vectors, rank in pairs]
             )
+        share_factors(model, self.shared)
         return chosen
 
     def save(self, path: str | Path) -> None:
-        """Writes the spectra to a file that `Calibration.load` reads."""
-        torch.save(
-            {
-                "layers": {k: vars(v) for k, v in self.layers.items()},
-                "uncalled": self.uncalled,
-                "batches": self.batches,
-            },
-            path,
-        )
+        """Writes the spectra to a file that `Calibration.load` reads; a file that is there is replaced at the end."""
+        content = {
+            "layers": {name: vars(spectrum) for name, spectrum in self.layers.items() if name not in self.shared},
+            "uncalled": self.uncalled,
+            "batches": self.batches,
+            "shared": self.shared,
+        }
+        atomic_save(content, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
         """Reads what `save` wrote, without running code from the file.
 
         Raises:
-            ValueError: the file is no calibration.
+            ValueError: the file is no calibration, or is damaged.
         """
-        content = torch.load(path, weights_only=True)
         try:
+            content = torch.load(path, weights_only=True)
             layers = {name: Spectrum(**spectrum) for name, spectrum in content["layers"].items()}
-            return cls(layers, content["uncalled"], content["batches"])
-        except (KeyError, TypeError, AttributeError) as error:
+            for name, spectrum in layers.items():
+                _check_spectrum(name, spectrum)
+            shared = dict(content["shared"])
+            layers.update({name: layers[owner] for name, owner in shared.items()})
+            return cls(layers, list(content["uncalled"]), int(content["batches"]), shared)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"Calibration.load: {path} holds no calibration ({error})") from error
+        except (RuntimeError, EOFError, pickle.UnpicklingError, IndexError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"Calibration.load: {path} is damaged or no calibration ({reason})") from error
 
 
-class _Grams:
-    """Running Gram matrices of one layer's input."""
+def _check_spectrum(name: str, spectrum: Spectrum) -> None:
+    modes = len(spectrum.size)
+    if not len(spectrum.eigenvalues) == len(spectrum.eigenvectors) == modes:
+        raise ValueError(f"layer {name!r} has {modes} modes, but another number of eigenvalues or eigenvectors")
+    for mode, (values, vectors) in enumerate(zip(spectrum.eigenvalues, spectrum.eigenvectors)):
+        if values is None and vectors is None:
+            continue
+        size = spectrum.size[mode]
+        if not (_is_floating(values, (size,)) and _is_floating(vectors, (size, size))):
+            raise ValueError(
+                f"layer {name!r}, mode {mode}: expected {size} eigenvalues and {size}x{size} eigenvectors, finite"
+            )
 
-    def __init__(self, layer: CompressedLayer) -> None:
-        self.fixed_batch = layer.lance_config.batch_mode == "fixed"
-        self.expected_dim = getattr(layer, "batched_dim", None)
-        self.size: tuple[int, ...] | None = None
-        self.grams: list[torch.Tensor | None] = []
-        self.varied: set[int] = set()
 
-    def update(self, x: torch.Tensor) -> None:
-        if self.expected_dim is not None and x.dim() == self.expected_dim - 1:
-            x = x.unsqueeze(0)
-        if self.size is None:
-            self.size = tuple(x.shape)
-            dtype = accumulation_dtype(x.dtype)
-            first = 0 if self.fixed_batch or x.dim() == 1 else 1
-            self.grams = [
-                x.new_zeros(size, size, dtype=dtype) if mode >= first else None for mode, size in enumerate(self.size)
-            ]
-        if x.dim() != len(self.size):
-            # Only the last mode is the same one.
-            self.varied |= set(range(len(self.size) - 1))
-            self._add(x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0), {1: len(self.size) - 1})
-            return
-        batch_differs = self.fixed_batch and x.shape[0] != self.size[0]
-        for mode in range(1, x.dim()):
-            if x.shape[mode] != self.size[mode]:
-                self.varied.add(mode)
-        skipped = {0} if batch_differs else set()
-        self._add(x, {mode: mode for mode in range(x.dim()) if mode not in skipped})
-
-    def _add(self, x: torch.Tensor, modes: dict[int, int]) -> None:
-        for index in self.varied:
-            self.grams[index] = None
-        grams = {mode: self.grams[index] for mode, index in modes.items()}
-        wanted = {mode: gram for mode, gram in grams.items() if gram is not None}
-        torch.ops.lance.mode_grams_(list(wanted.values()), x, list(wanted))
-
-    def decompose(self, name: str) -> Spectrum:
-        assert self.size is not None
-        eigenvalues: list[torch.Tensor | None] = []
-        eigenvectors: list[torch.Tensor | None] = []
-        for mode, gram in enumerate(self.grams):
-            if gram is None:
-                eigenvalues.append(None)
-                eigenvectors.append(None)
-                continue
-            try:
-                values, vectors = torch.ops.lance.gram_eigh(gram)
-            except RuntimeError as error:
-                raise RuntimeError(f"calibrate: layer {name!r}, mode {mode} of its input: {error}") from error
-            eigenvalues.append(values)
-            eigenvectors.append(vectors)
-            self.grams[mode] = None
-        return Spectrum(self.size, eigenvalues, eigenvectors, tuple(sorted(self.varied)))
+def _is_floating(tensor: object, shape: tuple[int, ...]) -> bool:
+    right = isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == shape and tensor.dtype in FLOATING
+    return right and isinstance(tensor, torch.Tensor) and bool(tensor.isfinite().all())
 
 
 def calibrate(
@@ -177,58 +153,69 @@ def calibrate(
     max_batches: int | None = 100,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     progress: bool = True,
+    max_bytes: int | None = 2**31,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Calibration:
     """Runs a few batches forward and gives every compressed layer the factors of its input's HOSVD.
 
     The model runs in eval mode without gradients; every module's mode is restored, also when the loader raises. Every
-    sample weighs the same. One Gram matrix a mode is held, never an activation. Should anything raise, the layers keep
-    the factors they had.
+    sample weighs the same. One Gram matrix a mode is held, never an activation; layers whose input is the same tensor
+    have one between them, and share one core in training where their ranks come out the same. Should anything raise,
+    the layers keep the factors they had.
+
+    Under `torch.distributed`, every rank calls this with its own share of the data, which may be empty; Grams are
+    summed over the ranks, and every rank gets the same factors. A rank that fails makes the others raise.
 
     Args:
         model: a model that `compress_` changed.
         loader: batches; a tensor is the model's input, of a tuple or list the first entry is, a dict gives keyword
             arguments. Tensors are moved to the device of the model's first parameter.
-        max_batches: number of batches to use; None for all.
+        max_batches: number of batches to use, on this rank; None for all.
         forward_fn: `forward_fn(model, batch)` runs the model on a batch of any other form.
         progress: show a progress bar.
+        max_bytes: most bytes of Gram matrices held at once, 2 GiB by default; None for no limit. Beyond it the layers
+            are taken in groups, with one pass over `loader` each, and what was found is kept in host memory. One layer
+            is never split: it is held however large its Grams are.
+        process_group: ranks to sum over; None for all.
 
     Returns:
         The eigenvalues and eigenvectors by layer and mode.
 
     Raises:
-        ValueError: the model has no compressed layer, or the loader gave no batch.
-        RuntimeError: an input holds NaN or infinity; the message names the layer.
+        ValueError: the model has no compressed layer, the loader gave no batch on any rank, or `loader` can be
+            iterated once only and `max_bytes` asks for more passes.
+        RuntimeError: an input holds NaN or infinity, and the message names the layer; or another rank failed.
     """
     layers = dict(compressed_layers(model))
     if not layers:
         raise ValueError("calibrate: model has no compressed layers; call compress_ first")
-    running = {name: _Grams(layer) for name, layer in layers.items()}
-    handles = [
-        layer.register_forward_pre_hook(_collect(running[name]), with_kwargs=True) for name, layer in layers.items()
-    ]
-    run = forward_fn or run_model
-    batches = 0
-    try:
-        with _eval_mode(model), torch.no_grad():
-            total = max_batches if max_batches is not None else getattr(loader, "__len__", lambda: None)()
-            with tqdm(total=total, desc="calibrating", unit="batch", disable=not progress, leave=False) as bar:
-                for batch in loader:
-                    run(model, batch if forward_fn is not None else to_device_of(model, batch))
-                    batches += 1
-                    bar.update()
-                    if batches == max_batches:
-                        break
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not batches:
+    if max_bytes is not None and max_bytes < 1:
+        raise ValueError(f"calibrate: max_bytes is {max_bytes}; expected at least 1, or None")
+    ranks = Ranks(process_group)
+    run = _Runner(model, loader, max_batches, forward_fn, progress)
+    calibration = Calibration()
+    collector = Collector(layers, max_bytes)
+    everyone = _pass_over(run, collector, ranks)
+    calibration.batches = sum(batches for batches, _ in everyone)
+    if not calibration.batches:
         raise ValueError("calibrate: loader gave no batch; expected at least one")
-    calibration = Calibration(batches=batches)
-    for name, grams in running.items():
-        if grams.size is None:
-            calibration.uncalled.append(name)
-        else:
-            calibration.layers[name] = grams.decompose(name)
+    views, calibration.shared = agree(collector, [seen for _, seen in everyone])
+    waiting = {name: view for name, view in views.items() if any(seen.deferred for seen in view)}
+    sizes = {name: max(seen.bytes for seen in view) for name, view in waiting.items()}
+    _decompose(calibration, collector, ranks, {k: v for k, v in views.items() if k not in waiting}, bool(waiting))
+    for group in list(groups_within(sizes, max_bytes, calibration.shared)):
+        collector = Collector({name: layers[name] for name in group}, None)
+        everyone = _pass_over(run, collector, ranks)
+        views, owners = agree(collector, [seen for _, seen in everyone])
+        for name in group:
+            calibration.shared.pop(name, None)
+        calibration.shared.update(owners)
+        _decompose(calibration, collector, ranks, views, True)
+    calibration.shared = {name: owner for name, owner in calibration.shared.items() if owner in calibration.layers}
+    for name, owner in calibration.shared.items():
+        calibration.layers[name] = calibration.layers[owner]
+    calibration.layers = {name: calibration.layers[name] for name in layers if name in calibration.layers}
+    calibration.uncalled = [name for name in layers if name not in calibration.layers]
     calibration.apply(model)
     if calibration.uncalled:
         warnings.warn(
@@ -237,11 +224,114 @@ def calibrate(
     return calibration
 
 
-def _collect(grams: _Grams) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        grams.update(args[0] if args else next(iter(kwargs.values())))
+class _Runner:
+    """One pass over the calibration batches, as often as it is asked for."""
 
-    return hook
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        max_batches: int | None,
+        forward_fn: Callable[[nn.Module, Any], Any] | None,
+        progress: bool,
+    ) -> None:
+        # DDP broadcasts buffers in every forward, which ranks with fewer batches would not join.
+        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        self.loader, self.max_batches, self.forward_fn, self.progress = loader, max_batches, forward_fn, progress
+        self.passes = 0
+
+    def __call__(self, collector: Collector) -> int:
+        self.passes += 1
+        run = self.forward_fn or run_model
+        batches = 0
+        with collector.watching(), _eval_mode(self.model), torch.no_grad():
+            total = self.max_batches
+            if total is None:
+                total = getattr(self.loader, "__len__", lambda: None)()
+            label = "calibrating" if self.passes == 1 else f"calibrating, pass {self.passes}"
+            with tqdm(total=total, desc=label, unit="batch", disable=not self.progress, leave=False) as bar:
+                for batch in self.loader:
+                    collector.begin_batch()
+                    run(self.model, batch if self.forward_fn is not None else to_device_of(self.model, batch))
+                    self._check_repeatable(collector)
+                    batches += 1
+                    bar.update()
+                    if batches == self.max_batches:
+                        break
+        return batches
+
+    def _check_repeatable(self, collector: Collector) -> None:
+        if collector.deferred() and iter(self.loader) is self.loader:
+            raise ValueError(
+                f"calibrate: the Gram matrices of this model exceed max_bytes, {collector.limit}, so that several "
+                f"passes are needed, and loader, a {type(self.loader).__name__}, can be iterated once only; pass a "
+                "list or a DataLoader, or a larger max_bytes"
+            )
+
+
+def _pass_over(run: _Runner, collector: Collector, ranks: Ranks) -> list[tuple[int, dict[str, Seen]]]:
+    """Runs the batches; returns every rank's number of them and what it saw, or raises on all ranks."""
+    error: Exception | None = None
+    batches = 0
+    try:
+        batches = run(collector)
+    except Exception as raised:
+        error = raised
+    return ranks.exchange((batches, collector.seen()), error)
+
+
+def _decompose(
+    calibration: Calibration, collector: Collector, ranks: Ranks, views: Mapping[str, list[Seen]], to_host: bool
+) -> None:
+    """Sums Grams over the ranks and adds their eigenvalues and eigenvectors, each layer's found by one rank."""
+    for name, view in views.items():
+        collector.records[name].sum_over(ranks, view)
+    found: dict[str, Spectrum] = {}
+    error: Exception | None = None
+    for index, name in enumerate(views):
+        if index % ranks.count == ranks.rank and error is None:
+            try:
+                found[name] = _spectrum(name, collector.records[name])
+            except Exception as raised:
+                error = raised
+    ranks.exchange(None, error)
+    for index, name in enumerate(views):
+        record = collector.records[name]
+        spectrum = found.pop(name, None) or _empty_spectrum(record)
+        for tensor in (*spectrum.eigenvalues, *spectrum.eigenvectors):
+            if tensor is not None:
+                ranks.broadcast_(tensor, index % ranks.count)
+        record.grams = []
+        if to_host:
+            spectrum.eigenvalues = [None if values is None else values.cpu() for values in spectrum.eigenvalues]
+            spectrum.eigenvectors = [None if vectors is None else vectors.cpu() for vectors in spectrum.eigenvectors]
+        calibration.layers[name] = spectrum
+
+
+def _spectrum(name: str, record: Grams) -> Spectrum:
+    assert record.size is not None
+    spectrum = Spectrum(record.size, [], [], tuple(sorted(record.varied)))
+    for mode, gram in enumerate(record.grams):
+        if gram is None:
+            spectrum.eigenvalues.append(None)
+            spectrum.eigenvectors.append(None)
+            continue
+        try:
+            values, vectors = torch.ops.lance.gram_eigh(gram)
+        except RuntimeError as error:
+            raise RuntimeError(f"calibrate: layer {name!r}, mode {mode} of its input: {error}") from error
+        spectrum.eigenvalues.append(values)
+        spectrum.eigenvectors.append(vectors)
+        record.grams[mode] = None
+    return spectrum
+
+
+def _empty_spectrum(record: Grams) -> Spectrum:
+    """Room for what another rank found."""
+    assert record.size is not None
+    values = [None if gram is None else gram.new_empty(gram.shape[0]) for gram in record.grams]
+    vectors = [None if gram is None else torch.empty_like(gram) for gram in record.grams]
+    return Spectrum(record.size, values, vectors, tuple(sorted(record.varied)))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Saved states: checks before loading, links between layers that share factors, files that appear whole or not at all."""
+"""Saved states: checks before loading, links between layers that share factors, files that appear whole."""
 
 from __future__ import annotations
 

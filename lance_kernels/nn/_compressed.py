@@ -173,7 +173,7 @@ class CompressedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         wide = {name: getattr(self, name) for name in self._lance_factor_names}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         dtype = accumulation_dtype(self.weight.dtype)
         for name, before in wide.items():
             after = getattr(self, name)

@@ -7,7 +7,7 @@ makes it once.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,11 @@ import torch
 
 class SharedCore:
     """The core made last within a group of layers that share factors, for as long as its input lives."""
+
+    _input: Callable[[], torch.Tensor | None]
+    _state: tuple[Any, ...]
+    _factors: list[torch.Tensor | None]
+    _core: torch.Tensor | None
 
     def __init__(self) -> None:
         self._forget()
@@ -37,10 +42,7 @@ class SharedCore:
 
     def _forget(self, freed: Any = None) -> None:
         if freed is None or freed is self._input:
-            self._input: Any = lambda: None
-            self._state: tuple[Any, ...] = ()
-            self._factors: list[torch.Tensor | None] = []
-            self._core: torch.Tensor | None = None
+            self._input, self._state, self._factors, self._core = (lambda: None), (), [], None
 
 
 def _state_of(x: torch.Tensor, bits: int) -> tuple[Any, ...]:

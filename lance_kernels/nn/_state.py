@@ -1,8 +1,8 @@
 """What a compressed layer adds to a state dictionary, and what may come back from one.
 
 A calibrated layer's entries beside its parameters, after its prefix: `lance_factor_<mode>of<modes>`, float matrices;
-`lance_form`, number of modes and bits a value of the core; and, in place of the factors, `lance_owner`, the bytes of the
-name of the layer whose factors it uses.
+`lance_form`, number of modes and bits a value of the core; and, in place of the factors, `lance_owner`, the bytes of
+the name of the layer whose factors it uses.
 """
 
 from __future__ import annotations
