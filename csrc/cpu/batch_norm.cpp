@@ -36,7 +36,7 @@ Channels channels_in(const Tensor& x, const Sizes& order) {
   return {x.size(1), inner};
 }
 
-// 1 / sqrt(var + eps), in ATen's precision of each step.
+// 1 / sqrt(var + eps), in the precision of each step of ATen's backward.
 template <typename T>
 std::vector<T> inverse_deviation(const Tensor& var, double eps) {
   std::vector<T> inverse = values_of<T>(var);
@@ -87,13 +87,17 @@ std::tuple<Tensor, Tensor> batch_norm_relu_mask(const Tensor& x, Vector weight, 
   uint8_t* bits = static_cast<uint8_t*>(mask.mutable_data_ptr());
   dispatch_accumulation(accumulation_dtype(x.scalar_type()), [&](auto value) {
     using T = decltype(value);
-    std::vector<T> scale = inverse_deviation<T>(var, eps);
+    // Rounded as ATen's forward rounds, which its backward does not.
+    std::vector<T> scale = values_of<T>(var);
+    for (T& spread : scale) {
+      spread = T(1) / std::sqrt(spread + static_cast<T>(eps));
+    }
     std::vector<T> shift = bias ? values_of<T>(*bias) : std::vector<T>(scale.size(), T(0));
     const std::vector<T> means = values_of<T>(mean);
     const std::vector<T> weights = weight ? values_of<T>(*weight) : std::vector<T>(scale.size(), T(1));
     for (size_t channel = 0; channel < scale.size(); ++channel) {
       scale[channel] *= weights[channel];
-      shift[channel] -= means[channel] * scale[channel];
+      shift[channel] = std::fma(-means[channel], scale[channel], shift[channel]);
     }
     const auto& routines = elementwise_of<T>();
     const Piecewise<T> function =

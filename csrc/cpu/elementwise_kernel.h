@@ -365,10 +365,35 @@ void dequantize_each(const int8_t* codes, const T* step, T* to, int64_t count) {
 }
 
 template <typename T>
+void keep_larger(const T* values, uint8_t offset, T* best, uint8_t* offsets, int64_t count) {
+  for (int64_t index = 0; index < count; ++index) {
+    const T value = values[index];
+    const T before = best[index];
+    const bool better = !(value <= before) && !(before != before && value == value);
+    best[index] = better ? value : before;
+    offsets[index] = better ? offset : offsets[index];
+  }
+}
+
+template <typename T>
 constexpr ElementwiseOf<T> routines_of() {
-  return {activate<T>,      select<T>,           affine<T>,      affine_each<T>,    multiply<T>,
-          multiply_each<T>, derivative_codes<T>, apply_codes<T>, deviation<T>,      deviation_each<T>,
-          quantize<T>,      quantize_each<T>,    dequantize<T>,  dequantize_each<T>};
+  ElementwiseOf<T> table{};
+  table.activate = activate<T>;
+  table.select = select<T>;
+  table.affine = affine<T>;
+  table.affine_each = affine_each<T>;
+  table.multiply = multiply<T>;
+  table.multiply_each = multiply_each<T>;
+  table.derivative_codes = derivative_codes<T>;
+  table.apply_codes = apply_codes<T>;
+  table.deviation = deviation<T>;
+  table.deviation_each = deviation_each<T>;
+  table.quantize = quantize<T>;
+  table.quantize_each = quantize_each<T>;
+  table.dequantize = dequantize<T>;
+  table.dequantize_each = dequantize_each<T>;
+  table.keep_larger = keep_larger<T>;
+  return table;
 }
 
 }  // namespace

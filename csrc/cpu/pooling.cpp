@@ -203,10 +203,14 @@ void pool_channels(const Window& window, const T* x, T* y, uint8_t* offsets) {
           if (first) {
             std::fill_n(at, channels, static_cast<uint8_t>(offset));
           }
-          for (int64_t channel = 0; channel < channels; ++channel) {
-            const bool better = beats(values[channel], to[channel]);
-            to[channel] = better ? values[channel] : to[channel];
-            at[channel] = better ? static_cast<uint8_t>(offset) : at[channel];
+          if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
+            elementwise_of<T>().keep_larger(values, static_cast<uint8_t>(offset), to, at, channels);
+          } else {
+            for (int64_t channel = 0; channel < channels; ++channel) {
+              const bool better = beats(values[channel], to[channel]);
+              to[channel] = better ? values[channel] : to[channel];
+              at[channel] = better ? static_cast<uint8_t>(offset) : at[channel];
+            }
           }
         });
       });
@@ -214,19 +218,28 @@ void pool_channels(const Window& window, const T* x, T* y, uint8_t* offsets) {
   });
 }
 
-// Input position of an output's chosen kernel position.
-inline int64_t chosen_input(const Window& window, const Reach& depth, const Reach& row, const Reach& column,
-                            int64_t offset) {
-  const int64_t c = offset % window.kernel[2];
-  const int64_t r = offset / window.kernel[2] % window.kernel[1];
-  const int64_t d = offset / window.kernel[2] / window.kernel[1];
-  const int64_t at_row = (depth.start + d * window.dilation[0]) * window.size[1] + row.start + r * window.dilation[1];
-  return at_row * window.size[2] + column.start + c * window.dilation[2];
+// Input positions of a window's kernel positions, relative to where the window starts.
+std::vector<int64_t> window_positions(const Window& window) {
+  std::vector<int64_t> positions;
+  for (int64_t d = 0; d < window.kernel[0]; ++d) {
+    for (int64_t r = 0; r < window.kernel[1]; ++r) {
+      for (int64_t c = 0; c < window.kernel[2]; ++c) {
+        const int64_t row = d * window.dilation[0] * window.size[1] + r * window.dilation[1];
+        positions.push_back(row * window.size[2] + c * window.dilation[2]);
+      }
+    }
+  }
+  return positions;
+}
+
+inline int64_t window_start(const Window& window, const Reach& depth, const Reach& row, const Reach& column) {
+  return (depth.start * window.size[1] + row.start) * window.size[2] + column.start;
 }
 
 // Sums of 16-bit dtypes are rounded at each step where ATen rounds them.
 template <typename T>
 void grad_planes(const Window& window, const T* grad, const uint8_t* offsets, T* grad_x) {
+  const std::vector<int64_t> positions = window_positions(window);
   parallel_for(0, window.batch * window.channels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
       const T* from = grad + plane * window.outputs();
@@ -234,7 +247,7 @@ void grad_planes(const Window& window, const T* grad, const uint8_t* offsets, T*
       T* to = grad_x + plane * window.inputs();
       std::fill_n(to, window.inputs(), T(0));
       each_output(window, [&](int64_t output, const Reach& depth, const Reach& row, const Reach& column) {
-        T& sum = to[chosen_input(window, depth, row, column, at[output])];
+        T& sum = to[window_start(window, depth, row, column) + positions[at[output]]];
         sum = static_cast<T>(sum + from[output]);
       });
     }
@@ -243,6 +256,7 @@ void grad_planes(const Window& window, const T* grad, const uint8_t* offsets, T*
 
 template <typename T>
 void grad_channels(const Window& window, const T* grad, const uint8_t* offsets, T* grad_x) {
+  const std::vector<int64_t> positions = window_positions(window);
   const int64_t channels = window.channels;
   parallel_for(0, window.batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) {
@@ -251,8 +265,9 @@ void grad_channels(const Window& window, const T* grad, const uint8_t* offsets, 
       each_output(window, [&](int64_t output, const Reach& depth, const Reach& row, const Reach& column) {
         const T* from = grad + (image * window.outputs() + output) * channels;
         const uint8_t* at = offsets + (image * window.outputs() + output) * channels;
+        const int64_t start = window_start(window, depth, row, column);
         for (int64_t channel = 0; channel < channels; ++channel) {
-          T& sum = to[chosen_input(window, depth, row, column, at[channel]) * channels + channel];
+          T& sum = to[(start + positions[at[channel]]) * channels + channel];
           sum = static_cast<T>(sum + from[channel]);
         }
       });

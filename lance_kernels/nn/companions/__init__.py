@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from lance_kernels.nn.companions.calls import WithCompanionCalls, with_companion_calls
 from lance_kernels.nn.companions.exact import EXACT
+from lance_kernels.nn.companions.fusion import find_pairs
 from lance_kernels.nn.companions.quantized import QUANTIZED, SMALLEST
 
 MODULES: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
@@ -58,6 +59,8 @@ def apply_companions(
     if level not in MODULES:
         raise ValueError(f"apply_companions: level is {level!r}; expected 'none' or one of {sorted(MODULES)}")
     rows = []
+    # Before the classes change: a pair is found by what the plain modules are.
+    pairs = {name: find_pairs(module) for name, module in model.named_modules()}
     for name, module in list(model.named_modules()):
         kind = type(module)
         reason = _reason_to_leave(module)
@@ -68,8 +71,13 @@ def apply_companions(
             if reason is None:
                 module.__class__ = drop_in
             rows.append((name, kind.__name__, f"swapped, {level}" if reason is None else f"left alone, {reason}"))
-        elif reason is None and _has_own_forward(kind) and not (skip is not None and skip(module, name)):
+        elif (
+            reason is None and (_has_own_forward(kind) or pairs[name]) and not (skip is not None and skip(module, name))
+        ):
             module.__class__ = with_companion_calls(kind, level)
+            if pairs[name]:
+                # A tuple: an attribute that is a module would become a child.
+                vars(module)["lance_pairs"] = pairs[name]
             rows.append((name, kind.__name__, f"functional calls replaced, {level}"))
     return rows
 
@@ -80,18 +88,25 @@ def remove_companions(model: nn.Module) -> None:
         plain = _plain_type(type(module))
         if plain is not None:
             module.__class__ = plain
+            vars(module).pop("lance_pairs", None)
 
 
 @contextmanager
 def companions_suspended(model: nn.Module) -> Iterator[None]:
     """Within this context the model's companions are the plain modules they came from."""
-    swapped = [(module, type(module)) for module in model.modules() if _plain_type(type(module)) is not None]
+    swapped = [
+        (module, type(module), vars(module).get("lance_pairs"))
+        for module in model.modules()
+        if _plain_type(type(module)) is not None
+    ]
     remove_companions(model)
     try:
         yield
     finally:
-        for module, kind in swapped:
+        for module, kind, pairs in swapped:
             module.__class__ = kind
+            if pairs is not None:
+                vars(module)["lance_pairs"] = pairs
 
 
 def _plain_type(kind: type[nn.Module]) -> type[nn.Module] | None:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from lance_kernels.nn.companions import functional as companion
 from lance_kernels.nn.companions import functional_quantized as quantized
+from lance_kernels.nn.companions.fusion import fusing
 
 Table = Mapping[Any, Callable[..., Any]]
 
@@ -215,7 +216,10 @@ def with_companion_calls(plain_type: type[nn.Module], level: str) -> type[nn.Mod
 def _make_subclass(plain_type: type[nn.Module], level: str) -> type[nn.Module]:
     @functools.wraps(plain_type.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with companion_calls(level):
+        if torch.compiler.is_compiling() or "lance_pairs" not in vars(self):
+            with companion_calls(level):
+                return plain_type.forward(self, *args, **kwargs)
+        with companion_calls(level), fusing(self):
             return plain_type.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+import lance_kernels.ops as ops
 from lance_kernels.nn.companions import functional as companion
+from lance_kernels.nn.companions.fusion import note_activated, partner_bound
 
 
 class ReLU(nn.ReLU):
@@ -28,7 +30,7 @@ class ReLU6(nn.ReLU6):
     """`torch.nn.ReLU6` that keeps 1 bit an element."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return companion.hardtanh(input, self.min_val, self.max_val, self.inplace)
+        return companion.relu6(input, self.inplace)
 
 
 class LeakyReLU(nn.LeakyReLU):
@@ -45,26 +47,35 @@ class Dropout(nn.Dropout):
         return companion.dropout(input, self.p, self.training, self.inplace)
 
 
-class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+class FrozenBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What the batch norms of every level do in eval mode."""
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.training or self.running_mean is None:
+        """Batch norm of `input`, `(B, C, ...)`, with the ReLU that consumes it where the two are a pair."""
+        if self.training or self.running_mean is None or self.running_var is None:
             y: torch.Tensor = super().forward(input)
             return y
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        vectors = (self.weight, self.bias, self.running_mean, self.running_var, self.eps)
+        paired, high = partner_bound(self)
+        if paired and companion.takes(input) and not any(p.requires_grad for p in self.parameters(recurse=False)):
+            y = ops.batch_norm_relu_frozen(input, *vectors, high)
+            note_activated(y, high)
+            return y
         return companion.batch_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
         )
 
 
-class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+class BatchNorm1d(FrozenBatchNorm, nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d` that keeps per-channel vectors in eval mode with frozen affine."""
 
 
-class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+class BatchNorm2d(FrozenBatchNorm, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` that keeps per-channel vectors in eval mode with frozen affine."""
 
 
-class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+class BatchNorm3d(FrozenBatchNorm, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` that keeps per-channel vectors in eval mode with frozen affine."""
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lance_kernels.ops as ops
+from lance_kernels.nn.companions.fusion import already_activated
 from lance_kernels.ops._checks import FLOATING
 
 Size = int | Sequence[int]
@@ -37,6 +38,8 @@ def takes(x: Any) -> bool:
 
 def relu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     """As `torch.nn.functional.relu`; keeps 1 bit an element."""
+    if already_activated(input, None):
+        return input
     if not takes(input):
         return F.relu(input, inplace)
     return ops.relu_(input) if inplace else ops.relu(input)
@@ -51,6 +54,8 @@ def hardtanh(input: torch.Tensor, min_val: float = -1.0, max_val: float = 1.0, i
 
 def relu6(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     """As `torch.nn.functional.relu6`; keeps 1 bit an element."""
+    if already_activated(input, 6.0):
+        return input
     return hardtanh(input, 0.0, 6.0, inplace)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lance_kernels.nn.companions import functional_quantized as companion
-from lance_kernels.nn.companions.exact import EXACT
+from lance_kernels.nn.companions.exact import EXACT, FrozenBatchNorm
 
 
 class GELU(nn.GELU):
@@ -125,8 +125,11 @@ class GroupNorm(nn.GroupNorm):
         return companion.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
-class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(FrozenBatchNorm):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        frozen = not any(vector.requires_grad for vector in self.parameters(recurse=False))
+        if not self.training and self.running_mean is not None and frozen:
+            return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
