@@ -147,14 +147,17 @@ class Collector:
     """Takes the Grams of some layers' inputs while batches run through the model.
 
     A layer whose input is the very tensor that another layer just had gets no Grams of its own: the other owns them.
-    Should their inputs differ later on, it goes on with a copy.
+    Should their inputs differ later on, it is deferred to a pass of its own; where there cannot be one, it goes on with
+    a copy, in which the owner's input of the present batch counts beside its own.
 
     Args:
         layers: the layers to look at, by name.
         limit: most bytes of Grams; layers that find no room are deferred. The first layer always finds it.
+        repeatable: whether there can be another pass.
     """
 
-    def __init__(self, layers: Mapping[str, CompressedLayer], limit: int | None) -> None:
+    def __init__(self, layers: Mapping[str, CompressedLayer], limit: int | None, repeatable: bool) -> None:
+        self.repeatable = repeatable
         self.records = {name: Grams(layer) for name, layer in layers.items()}
         self.limit = limit
         self.bytes = 0
@@ -213,6 +216,9 @@ class Collector:
                 self.bytes += size
                 record.allocate(x.device)
         elif record.owner is not None and (not shares or first != record.owner):
+            if self.repeatable:
+                record.owner, record.deferred = None, True
+                return
             record.copy_from(self.records[record.owner])
         record.calls += 1
         if record.owner is None:

@@ -194,7 +194,7 @@ def calibrate(
     ranks = Ranks(process_group)
     run = _Runner(model, loader, max_batches, forward_fn, progress)
     calibration = Calibration()
-    collector = Collector(layers, max_bytes)
+    collector = Collector(layers, max_bytes, run.repeatable)
     everyone = _pass_over(run, collector, ranks)
     calibration.batches = sum(batches for batches, _ in everyone)
     if not calibration.batches:
@@ -204,7 +204,7 @@ def calibrate(
     sizes = {name: max(seen.bytes for seen in view) for name, view in waiting.items()}
     _decompose(calibration, collector, ranks, {k: v for k, v in views.items() if k not in waiting}, bool(waiting))
     for group in list(groups_within(sizes, max_bytes, calibration.shared)):
-        collector = Collector({name: layers[name] for name in group}, None)
+        collector = Collector({name: layers[name] for name in group}, None, run.repeatable)
         everyone = _pass_over(run, collector, ranks)
         views, owners = agree(collector, [seen for _, seen in everyone])
         for name in group:
@@ -238,6 +238,7 @@ class _Runner:
         # DDP broadcasts buffers in every forward, which ranks with fewer batches would not join.
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self.loader, self.max_batches, self.forward_fn, self.progress = loader, max_batches, forward_fn, progress
+        self.repeatable = not isinstance(loader, Iterator)
         self.passes = 0
 
     def __call__(self, collector: Collector) -> int:
@@ -261,7 +262,7 @@ class _Runner:
         return batches
 
     def _check_repeatable(self, collector: Collector) -> None:
-        if collector.deferred() and iter(self.loader) is self.loader:
+        if collector.deferred() and not self.repeatable:
             raise ValueError(
                 f"calibrate: the Gram matrices of this model exceed max_bytes, {collector.limit}, so that several "
                 f"passes are needed, and loader, a {type(self.loader).__name__}, can be iterated once only; pass a "
