@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--output", type=Path, help="folder of the results (default benchmarks/results; build/benchmarks with --quick)"
     )
+    arguments.add_argument("--data", type=Path, help="npz file of images, for the suites that take real ones")
     arguments.add_argument("--restart", action="store_true", help="forget what an interrupted run has measured")
     arguments.add_argument("--list", action="store_true", help="list suites and cases and stop")
     return arguments
@@ -50,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"no case of {', '.join(chosen)} matches {options.case!r}; see --list", file=sys.stderr)
         return 2
     for name in matching:
-        settings = Options(output, options.case, options.quick, options.threads, options.seed, options.restart)
+        settings = Options(
+            output, options.case, options.quick, options.threads, options.seed, options.restart, options.data
+        )
         try:
             existing(SUITES[name], output)
         except ValueError as error:

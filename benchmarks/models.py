@@ -36,7 +36,37 @@ def mobilenet_v2(classes: int = 100) -> Classifier:
     return Classifier(MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=classes)))
 
 
-MODELS: dict[str, Callable[[], Classifier]] = {"ResNet-18": resnet18, "MobileNetV2": mobilenet_v2}
+def resnet50(classes: int = 100) -> Classifier:
+    """ResNet-50."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    return Classifier(ResNetForImageClassification(ResNetConfig(num_labels=classes)))
+
+
+def deit_tiny(classes: int = 100) -> Classifier:
+    """A vision transformer of DeiT-Tiny's size."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, num_labels=classes
+    )
+    return Classifier(ViTForImageClassification(config))
+
+
+def swin_tiny(classes: int = 100) -> Classifier:
+    """Swin-Tiny, without stochastic depth."""
+    from transformers import SwinConfig, SwinForImageClassification
+
+    return Classifier(SwinForImageClassification(SwinConfig(drop_path_rate=0.0, num_labels=classes)))
+
+
+MODELS: dict[str, Callable[[], Classifier]] = {
+    "ResNet-18": resnet18,
+    "MobileNetV2": mobilenet_v2,
+    "ResNet-50": resnet50,
+    "DeiT-Tiny": deit_tiny,
+    "Swin-Tiny": swin_tiny,
+}
 
 
 def frozen_norms(model: nn.Module) -> nn.Module:

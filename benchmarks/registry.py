@@ -23,6 +23,7 @@ class Context:
         environment: goes into every row.
         quick: cut the case down to a smoke test.
         seed: seed of random numbers.
+        data: file of images, for cases that want real ones.
     """
 
     suite: str
@@ -30,6 +31,7 @@ class Context:
     environment: Environment
     quick: bool = False
     seed: int = 0
+    data: Path | None = None
 
     @property
     def effort(self) -> Effort:

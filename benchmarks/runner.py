@@ -27,6 +27,7 @@ class Options:
         threads: threads PyTorch uses within an operator.
         seed: seed of random numbers.
         restart: forget what an interrupted run has measured.
+        data: file of images, for cases that want real ones.
     """
 
     output: Path
@@ -35,6 +36,7 @@ class Options:
     threads: int = 2
     seed: int = 0
     restart: bool = False
+    data: Path | None = None
 
 
 def run(suite: Suite, options: Options, say: Callable[[str], None] = print) -> list[Row]:
@@ -73,7 +75,7 @@ def run(suite: Suite, options: Options, say: Callable[[str], None] = print) -> l
         if name in done:
             continue
         progress.set_postfix_str(name)
-        context = Context(suite.name, name, here, quick=options.quick, seed=options.seed)
+        context = Context(suite.name, name, here, quick=options.quick, seed=options.seed, data=options.data)
         torch.manual_seed(options.seed)
         done[name] = suite.cases[name](context)
         _write_partial(partial, identity, done)
@@ -132,7 +134,13 @@ def markdown(suite: Suite, rows: list[Row]) -> str:
 
 def _identity(options: Options, here: environment.Environment) -> dict[str, Any]:
     """What must be equal for an interrupted run to be gone on with."""
-    return {**here.as_dict(), "code": environment.code_state()[1], "quick": options.quick, "seed": options.seed}
+    return {
+        **here.as_dict(),
+        "code": environment.code_state()[1],
+        "quick": options.quick,
+        "seed": options.seed,
+        "data": options.data and options.data.name,
+    }
 
 
 def _read_partial(path: Path, identity: dict[str, Any], say: Callable[[str], None]) -> dict[str, list[Row]]:

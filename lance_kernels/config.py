@@ -22,7 +22,8 @@ class LanceConfig:
         core_bits: 8, 4 or 2 bits a value of the core; None keeps the dtype of the input.
         batch_mode: "keep" stores every sample's core; "fixed" compresses the batch mode too, as published.
         companions: which neighbours of the compressed layers are swapped for forms that hold less: "none", "exact"
-            (those whose gradient is exact) or "quantized" (all).
+            (those whose gradient is exact), "quantized" (all) or "smallest" (all, derivatives in 4 bits, attention's
+            inputs computed again).
         target_modules: patterns of the modules to compress; None for all.
         exclude_modules: patterns of the modules to leave alone, companions included.
         rank_pattern: by module pattern, an energy (float), a largest rank (int) or one rank or None a mode; the first
@@ -39,7 +40,7 @@ class LanceConfig:
     energy: float = 0.85
     core_bits: Literal[8, 4, 2] | None = 4
     batch_mode: Literal["keep", "fixed"] = "keep"
-    companions: Literal["none", "exact", "quantized"] = "exact"
+    companions: Literal["none", "exact", "quantized", "smallest"] = "exact"
     target_modules: Sequence[str] | None = None
     exclude_modules: Sequence[str] = ()
     rank_pattern: Mapping[str, RankRule] = field(default_factory=dict)
@@ -52,10 +53,10 @@ class LanceConfig:
         _require(self.core_bits in (8, 4, 2, None), "core_bits", self.core_bits, "8, 4, 2 or None")
         _require(self.batch_mode in ("keep", "fixed"), "batch_mode", self.batch_mode, '"keep" or "fixed"')
         _require(
-            self.companions in ("none", "exact", "quantized"),
+            self.companions in ("none", "exact", "quantized", "smallest"),
             "companions",
             self.companions,
-            '"none", "exact" or "quantized"',
+            '"none", "exact", "quantized" or "smallest"',
         )
         _require(self.max_rank is None or self.max_rank >= 1, "max_rank", self.max_rank, "at least 1, or None")
         _require(self.rank_multiple >= 1, "rank_multiple", self.rank_multiple, "at least 1")

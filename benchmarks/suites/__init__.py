@@ -1,5 +1,5 @@
 """Measures suites of cases; every result is a row of JSON from which the tables and plots are made."""
 
-from benchmarks.suites import cpu, cpu_models
+from benchmarks.suites import cpu, cpu_models, memory, memory_curve, memory_peak
 
-__all__ = ["cpu", "cpu_models"]
+__all__ = ["cpu", "cpu_models", "memory", "memory_curve", "memory_peak"]

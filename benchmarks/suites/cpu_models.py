@@ -129,7 +129,7 @@ def _register() -> None:
         SUITE.case(f"{case}: {name}, {SIZE}x{SIZE}, B={BATCH}")(lambda context: measure(name, context))
 
     add("calibration", calibration, "ResNet-18")
-    for name in MODELS:
+    for name in STEP_TARGETS:
         add("model step", model_step, name)
 
 
