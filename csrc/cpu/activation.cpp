@@ -15,6 +15,7 @@ constexpr NamedGrids grids[] = {
     {"gelu", DerivativeGrid::gelu, {200, 26}, {11, 1}},
     {"gelu_tanh", DerivativeGrid::gelu_tanh, {200, 26}, {11, 1}},
     {"silu", DerivativeGrid::silu, {210, 21}, {12, 1}},
+    {"quick_gelu", DerivativeGrid::quick_gelu, {210, 21}, {12, 1}},
     {"hardswish", DerivativeGrid::hardswish, {126, 63}, {7, 3}},
     {"sigmoid", DerivativeGrid::sigmoid, {1016, 0}, {56, 0}},
     {"tanh", DerivativeGrid::tanh, {254, 0}, {14, 0}},
@@ -30,7 +31,7 @@ DerivativeGrid grid_of(const char* operation, const std::string& kind, int64_t b
     }
   }
   check(false, "lance::", operation, ": kind is '", kind,
-        "'; expected one of gelu, gelu_tanh, silu, hardswish, sigmoid, tanh, hardsigmoid");
+        "'; expected one of gelu, gelu_tanh, silu, quick_gelu, hardswish, sigmoid, tanh, hardsigmoid");
   return {};
 }
 

@@ -16,7 +16,7 @@ struct Piecewise {
 
 // A derivative's evenly spaced values; see lance_kernels/ops/activation.py.
 struct DerivativeGrid {
-  enum Kind { gelu, gelu_tanh, silu, hardswish, sigmoid, tanh, hardsigmoid } kind;
+  enum Kind { gelu, gelu_tanh, silu, quick_gelu, hardswish, sigmoid, tanh, hardsigmoid } kind;
   int32_t steps;
   int32_t zero;
   int32_t missing;

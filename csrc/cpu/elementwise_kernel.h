@@ -232,8 +232,8 @@ inline float derivative(T value) {
     const float u = 0.79788456f * (v + 0.044715f * v * v * v);
     const float t = 2.0f * logistic(bounded(2.0f * u, 80.0f)) - 1.0f;
     return 0.5f * (1.0f + t) + 0.5f * v * (1.0f - t * t) * 0.79788456f * (1.0f + 0.134145f * v * v);
-  } else if constexpr (kind == DerivativeGrid::silu) {
-    const float v = bounded(x, 80.0f);
+  } else if constexpr (kind == DerivativeGrid::silu || kind == DerivativeGrid::quick_gelu) {
+    const float v = bounded(kind == DerivativeGrid::silu ? x : 1.702f * x, 80.0f);
     const float s = logistic(v);
     return s * (1.0f + v * (1.0f - s));
   } else if constexpr (kind == DerivativeGrid::hardswish) {
@@ -278,6 +278,8 @@ void derivative_codes(const DerivativeGrid& grid, const T* x, uint8_t* codes, in
       return codes_of<DerivativeGrid::gelu_tanh>(grid, x, codes, count);
     case DerivativeGrid::silu:
       return codes_of<DerivativeGrid::silu>(grid, x, codes, count);
+    case DerivativeGrid::quick_gelu:
+      return codes_of<DerivativeGrid::quick_gelu>(grid, x, codes, count);
     case DerivativeGrid::hardswish:
       return codes_of<DerivativeGrid::hardswish>(grid, x, codes, count);
     case DerivativeGrid::sigmoid:

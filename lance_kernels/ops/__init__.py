@@ -1,6 +1,6 @@
 """The operators of `torch.ops.lance`, one module a family; importing this package registers them all."""
 
-from lance_kernels.ops.activation import activation, derivative_bound
+from lance_kernels.ops.activation import activation, activation_of, derivative_bound
 from lance_kernels.ops.attention import attention
 from lance_kernels.ops.batch_norm import batch_norm_frozen, batch_norm_relu_frozen
 from lance_kernels.ops.convolution import convolution
@@ -20,6 +20,7 @@ from lance_kernels.ops.tucker import tucker_project, tucker_reconstruct
 __all__ = [
     "MAX_WINDOW",
     "activation",
+    "activation_of",
     "adaptive_avg_pool",
     "attention",
     "avg_pool",

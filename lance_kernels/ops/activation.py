@@ -84,6 +84,14 @@ def _hardsigmoid_derivative(x: torch.Tensor) -> torch.Tensor:
     return torch.where((x > -3) & (x < 3), 1 / 6, 0.0)
 
 
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _quick_gelu_derivative(x: torch.Tensor) -> torch.Tensor:
+    return _silu_derivative(1.702 * x)
+
+
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
@@ -93,6 +101,7 @@ KINDS: dict[str, Kind] = {
     "gelu": Kind(F.gelu, _gelu_derivative, {8: Grid(200, 26, 1 / 400), 4: Grid(11, 1, 1 / 22)}),
     "gelu_tanh": Kind(_gelu_tanh, _gelu_tanh_derivative, {8: Grid(200, 26, 1 / 400), 4: Grid(11, 1, 1 / 22)}),
     "silu": Kind(F.silu, _silu_derivative, {8: Grid(210, 21, 1 / 420), 4: Grid(12, 1, 1 / 24)}),
+    "quick_gelu": Kind(_quick_gelu, _quick_gelu_derivative, {8: Grid(210, 21, 1 / 420), 4: Grid(12, 1, 1 / 24)}),
     "hardswish": Kind(F.hardswish, _hardswish_derivative, {8: Grid(126, 63, 1 / 252), 4: Grid(7, 3, 1 / 14)}),
     "sigmoid": Kind(torch.sigmoid, _sigmoid_derivative, {8: Grid(1016, 0, 1 / 2032), 4: Grid(56, 0, 1 / 112)}),
     "tanh": Kind(torch.tanh, _tanh_derivative, {8: Grid(254, 0, 1 / 508), 4: Grid(14, 0, 1 / 28)}),
@@ -105,7 +114,8 @@ def activation(x: torch.Tensor, kind: str, bits: int = 8) -> torch.Tensor:
 
     Args:
         x: any shape and strides, float32, float64, bfloat16 or float16.
-        kind: "gelu", "gelu_tanh", "silu", "hardswish", "sigmoid", "tanh" or "hardsigmoid".
+        kind: "gelu", "gelu_tanh", "silu", "quick_gelu" (`x sigmoid(1.702 x)`), "hardswish", "sigmoid", "tanh" or
+            "hardsigmoid".
         bits: 8 or 4, a derivative.
 
     Returns:
@@ -117,6 +127,23 @@ def activation(x: torch.Tensor, kind: str, bits: int = 8) -> torch.Tensor:
         RuntimeError: the kind, the number of bits or the dtype is unknown.
     """
     y: torch.Tensor = torch.ops.lance.activation(x, kind, bits)
+    return y
+
+
+def activation_of(function: Function, x: torch.Tensor, kind: str, bits: int = 8) -> torch.Tensor:
+    """`activation` whose values a function computes that writes the same activation in its own way.
+
+    Args:
+        function: computes the values; nothing of it is recorded.
+        x: any shape and strides, float32, float64, bfloat16 or float16, requiring a gradient.
+        kind: one of `activation`'s kinds.
+        bits: 8 or 4, a derivative.
+
+    Returns:
+        `function(x)`, with the gradient of `activation`.
+    """
+    _check_kind("activation", x, kind, bits)
+    y: torch.Tensor = apply(_Activation, x, kind, bits, function)
     return y
 
 
@@ -215,10 +242,10 @@ def _grad_fake(grad: torch.Tensor, codes: torch.Tensor, kind: str, bits: int, or
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, kind: str, bits: int) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, kind: str, bits: int, function: Function) -> torch.Tensor:
         order = memory_order(x)
         # The result is ATen's, so that it has ATen's bits.
-        y = KINDS[kind].forward(x)
+        y = function(x)
         if torch.compiler.is_compiling():
             codes = _codes(x, kind, bits, order)
         else:
@@ -229,11 +256,11 @@ class _Activation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable("activation")
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (codes,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            return _grad(grad, codes, ctx.kind, ctx.bits, ctx.order), None, None
-        return torch.ops.lance.activation_grad(grad, codes, ctx.kind, ctx.bits, ctx.order), None, None
+            return _grad(grad, codes, ctx.kind, ctx.bits, ctx.order), None, None, None
+        return torch.ops.lance.activation_grad(grad, codes, ctx.kind, ctx.bits, ctx.order), None, None, None
 
 
 def _activation_reference(x: torch.Tensor, kind: str, bits: int = 8) -> torch.Tensor:
@@ -249,7 +276,7 @@ def _activation_fake(x: torch.Tensor, kind: str, bits: int = 8) -> torch.Tensor:
 def _activation_autograd(x: torch.Tensor, kind: str, bits: int = 8) -> torch.Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         _check_kind("activation", x, kind, bits)
-        y: torch.Tensor = apply(_Activation, x, kind, bits)
+        y: torch.Tensor = apply(_Activation, x, kind, bits, KINDS[kind].forward)
         return y
     with below_autograd():
         return activation(x, kind, bits)

@@ -18,6 +18,7 @@ PLAIN = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "hardswish": F.hardswish,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
@@ -49,7 +50,7 @@ def test_limits_and_nan(kind, bits):
     x = torch.tensor([torch.inf, -torch.inf, 100.0, -100.0, torch.nan] * 9)
     y, (grad,) = forward_backward(lambda x: activation(x, kind, bits), [x])
     assert_same_bits(y, PLAIN[kind](x))
-    upper = 1.0 if kind in ("gelu", "gelu_tanh", "silu", "hardswish") else 0.0
+    upper = 1.0 if kind in ("gelu", "gelu_tanh", "silu", "quick_gelu", "hardswish") else 0.0
     assert torch.equal(grad[:4], torch.tensor([upper, 0.0, upper, 0.0]))
     assert grad[4].isnan() or kind == "hardsigmoid"
 

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from lance_kernels.nn.companions import functional as companion
 from lance_kernels.nn.companions import functional_quantized as quantized
 from lance_kernels.nn.companions.fusion import fusing
+from lance_kernels.ops import activation_of
 
 Table = Mapping[Any, Callable[..., Any]]
 
@@ -107,6 +108,20 @@ def _torch_group_norm(
     return quantized.group_norm(input, num_groups, weight, bias, eps)
 
 
+def _torch_batch_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> torch.Tensor:
+    return quantized.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
 def _quantized_calls(bits: int) -> dict[Any, Callable[..., Any]]:
     silu = functools.partial(quantized.silu, bits=bits)
     sigmoid = functools.partial(quantized.sigmoid, bits=bits)
@@ -130,6 +145,7 @@ def _quantized_calls(bits: int) -> dict[Any, Callable[..., Any]]:
         F.group_norm: quantized.group_norm,
         torch.group_norm: _torch_group_norm,
         F.batch_norm: quantized.batch_norm,
+        torch.batch_norm: _torch_batch_norm,
         F.scaled_dot_product_attention: quantized.scaled_dot_product_attention,
     }
 
@@ -162,6 +178,9 @@ class CompanionMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # Dynamo cannot trace the body of this method, which is what a mode is handed; nothing else changes.
+        if func is torch.Tensor.unflatten:
+            return torch.unflatten(*args, **(kwargs or {}))
         replacement = self.table.get(func)
         if replacement is None or self.in_foreign_checkpoint() or (kwargs and "out" in kwargs):
             return func(*args, **(kwargs or {}))
@@ -202,6 +221,15 @@ def _rebuild(plain_type: type[nn.Module], level: str) -> nn.Module:
     return subclass.__new__(subclass)
 
 
+# Activations that another package's modules compose of several operations, each of which would hold a tensor.
+COMPOSED = {
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.FastGELUActivation": "gelu_tanh",
+    "transformers.activations.AccurateGELUActivation": "gelu_tanh",
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
+}
+_BITS = {"quantized": 8, "smallest": 4}
+
 _SUBCLASSES: dict[Any, type[nn.Module]] = {}
 
 
@@ -214,8 +242,12 @@ def with_companion_calls(plain_type: type[nn.Module], level: str) -> type[nn.Mod
 
 
 def _make_subclass(plain_type: type[nn.Module], level: str) -> type[nn.Module]:
+    kind = COMPOSED.get(f"{plain_type.__module__}.{plain_type.__qualname__}") if level in _BITS else None
+
     @functools.wraps(plain_type.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kind is not None and not torch.compiler.is_compiling() and companion.takes(args[0] if args else None):
+            return activation_of(functools.partial(plain_type.forward, self), args[0], kind, _BITS[level])
         if torch.compiler.is_compiling() or "lance_pairs" not in vars(self):
             with companion_calls(level):
                 return plain_type.forward(self, *args, **kwargs)
