@@ -146,7 +146,7 @@ define(
     autograd=not_differentiable("pack_core"),
 )
 define(
-    "unpack_core(Tensor packed, int[] size, int bits, ScalarType dtype) -> Tensor",
+    "unpack_core(Tensor packed, SymInt[] size, int bits, ScalarType dtype) -> Tensor",
     reference=_unpack_reference,
     fake=_unpack_fake,
 )
