@@ -82,7 +82,6 @@ class Calibration:
             bits = (None,) if next(iter(rules.values())).core_bits is None else (8, 4, 2)
             planned = plan(model, self, budget, bits=bits, config=config)
             planned.apply(model, self)
-            share_factors(model, self.shared)
             return {name: layer.ranks for name, layer in planned.layers.items()}
         chosen: dict[str, list[int | None]] = {}
         for name, spectrum in self.layers.items():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lance_kernels.convert import compressed_layers
 from lance_kernels.nn._compressed import CompressedLayer
 from lance_kernels.ops.pack_core import packed_bytes
 from lance_kernels.ops.tucker import mode_product_flops
+from lance_kernels.state import share_factors
 
 if TYPE_CHECKING:
     from lance_kernels.calibrate import Calibration, Spectrum
@@ -104,7 +106,7 @@ class LayerPlan:
         size: its input's shape, with the batch that the bytes are for.
         ranks: one rank a mode; None keeps the mode.
         core_bits: 8, 4 or 2 bits a value of the core, None the dtype of the input.
-        bytes: what the layer will hold, scales included.
+        bytes: what the layer will hold, scales included; 0 where another layer of the same input holds it.
         dense_bytes: what a plain layer holds.
         flops: floating point operations of the projection.
         predicted_error: expected squared error of the weight gradient over its squared norm.
@@ -162,6 +164,7 @@ class Plan:
             layers[name].set_factors(
                 [None if vectors is None or rank is None else vectors[:, :rank] for vectors, rank in pairs]
             )
+        share_factors(model, calibration.shared)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""
@@ -212,9 +215,20 @@ def plan(
     missing = [name for name in calibration.layers if name not in layers]
     if missing:
         raise ValueError(f"plan: model has no compressed layers {missing}; calibrated another model?")
+    # Layers that share an input hold one core between them, and each has an error of its own.
+    sharers = Counter(calibration.shared.values())
     candidates = [
-        _Candidate(name, layers[name], spectrum, batch_size, tuple(bits), config or layers[name].lance_config)
+        _Candidate(
+            name,
+            layers[name],
+            spectrum,
+            batch_size,
+            tuple(bits),
+            config or layers[name].lance_config,
+            1 + sharers[name],
+        )
         for name, spectrum in calibration.layers.items()
+        if name not in calibration.shared
     ]
     least = sum(candidate.least_bytes() for candidate in candidates)
     if budget_bytes < least:
@@ -224,8 +238,14 @@ def plan(
     choices = _cheapest_within(candidates, budget_bytes)
     _spend_rest(candidates, choices, budget_bytes)
     result = Plan(budget_bytes=budget_bytes)
-    for candidate, (ranks, width) in zip(candidates, choices):
-        result.layers[candidate.name] = candidate.describe(ranks, width)
+    described = {
+        candidate.name: candidate.describe(ranks, width) for candidate, (ranks, width) in zip(candidates, choices)
+    }
+    for name in calibration.layers:
+        owner = calibration.shared.get(name)
+        result.layers[name] = (
+            described[name] if owner is None else replace(described[owner], name=name, bytes=0, flops=0)
+        )
     return result
 
 
@@ -243,8 +263,9 @@ class _Candidate:
         batch_size: int | None,
         bits: tuple[int | None, ...],
         config: LanceConfig,
+        weight: int,
     ) -> None:
-        self.name, self.bits = name, bits
+        self.name, self.bits, self.weight = name, bits, weight
         self.itemsize = layer.weight.element_size()
         self.size = list(spectrum.size)
         if batch_size is not None and len(self.size) > 1:
@@ -290,7 +311,7 @@ class _Candidate:
                     if ranks == before:
                         break
                 choice = (tuple(ranks), width)
-                found.append((self.error(*choice) + price * self.core_bytes(*choice), choice))
+                found.append((self.weight * self.error(*choice) + price * self.core_bytes(*choice), choice))
         return min(found, key=lambda entry: entry[0])[1]
 
     def _best_rank(self, ranks: Sequence[int], mode: int, width: int | None, price: float) -> int:
@@ -298,7 +319,9 @@ class _Candidate:
         most[mode] = int(allowed[-1])
         # Bytes are all but linear in one rank.
         each = self.core_bytes(most, width) / most[mode]
-        others = math.prod(float(self.kept[other][rank]) for other, rank in enumerate(ranks) if other != mode)
+        others = self.weight * math.prod(
+            float(self.kept[other][rank]) for other, rank in enumerate(ranks) if other != mode
+        )
         gain = others * (1 - ROUNDING[width]) * self.kept[mode][allowed] - price * each * allowed
         return int(allowed[int(gain.argmax())])
 
@@ -358,7 +381,7 @@ def _spend_rest(candidates: Sequence[_Candidate], choices: list[Choice], budget:
         for index, candidate in enumerate(candidates):
             here, cost = candidate.error(*choices[index]), candidate.core_bytes(*choices[index])
             for choice in candidate.larger(choices[index]):
-                extra, gain = candidate.core_bytes(*choice) - cost, here - candidate.error(*choice)
+                extra, gain = candidate.core_bytes(*choice) - cost, candidate.weight * (here - candidate.error(*choice))
                 if extra <= left and gain > 0:
                     steps.append((gain / max(extra, 1e-9), index, choice, extra))
         if not steps:

@@ -161,3 +161,24 @@ def test_budget_in_the_config(core_bits):
     assert (core_bits is None) == all(layer.lance_core_bits == 0 for layer in model)
     with pytest.raises(ValueError, match="the least"):
         lance.calibrate(model, [torch.randn(1000, 8)], progress=False)
+
+
+def test_layers_of_one_input_are_planned_and_counted_once():
+    class Gated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up = torch.nn.Linear(16, 8), torch.nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.gate(x) * self.up(x)
+
+    model = Gated()
+    lance.compress_(model, lance.LanceConfig(companions="none"))
+    x = torch.randn(4, 6, 16) * torch.linspace(3, 0.1, 16)
+    calibration = lance.calibrate(model, [x], progress=False)
+    planned = lance.plan(model, calibration, 150)
+    assert planned.bytes <= 150
+    assert planned.layers["gate"].ranks == planned.layers["up"].ranks
+    assert {planned.layers["gate"].bytes, planned.layers["up"].bytes} == {0, planned.bytes}
+    planned.apply(model, calibration)
+    assert lance.report(model, x, lambda y: y.sum()).counted_bytes == planned.bytes

@@ -369,7 +369,8 @@ def _count_into(rows: dict[str, LayerReport], name: str) -> Callable[..., None]:
 
 
 def _counted(layer: CompressedLayer, x: torch.Tensor, itemsize: int) -> int:
-    if not layer.weight.requires_grad:
+    # Of layers that share an input, the owner of the factors counts the core.
+    if not layer.weight.requires_grad or (layer.lance_keeps_core() and layer.lance_source is not layer):
         return 0
     batched_dim = getattr(layer, "batched_dim", x.dim())
     size = x.shape if x.dim() == batched_dim else torch.Size((1, *x.shape))
