@@ -8,6 +8,8 @@ kernel overrides it for its own dispatch key.
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +54,24 @@ def define(
             LIBRARY.impl(name, autocast, key)
     if flops is not None:
         register_flop_formula(getattr(torch.ops.lance, name))(flops)
+
+
+def register_triton(name: str, file: str | None = None) -> None:
+    """Registers `lance_kernels.kernels.<file>.<name>` for CUDA; Triton is imported when it is first called.
+
+    Without Triton, CUDA tensors take the reference.
+
+    Args:
+        name: the operator's name in the `lance` namespace, and the launcher's.
+        file: the kernel file's name, by default the operator's.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+
+    def kernel(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"lance_kernels.kernels.{file or name}"), name)(*args)
+
+    LIBRARY.impl(name, kernel, "CUDA")
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch.nn import functional as F
 
 from lance_kernels.ops._checks import FLOATING, check, check_floating
-from lance_kernels.ops._registry import define, not_differentiable
+from lance_kernels.ops._registry import define, not_differentiable, register_triton
 
 BITS = (8, 4, 2)
 GROUP = 16
@@ -69,25 +70,26 @@ def packed_bytes(size: Sequence[int], bits: int) -> int:
     return 4 + (count * bits + 7) // 8 + (count + GROUP - 1) // GROUP
 
 
-def _check_bits(operator: str, bits: int) -> None:
+def check_bits(operator: str, bits: int) -> None:
+    """Refuses a number of bits that no packed core has."""
     check(bits in BITS, f"lance::{operator}: bits is {bits}; expected 8, 4 or 2")
 
 
-def _scale_table(device: torch.device) -> torch.Tensor:
-    # Falling powers of 2^(1/8), exact in float64 before they are rounded.
-    exponents = torch.arange(MISSING - 1, dtype=torch.float64, device=device) / -8
-    return torch.exp2(exponents).float()
+@cache
+def scale_table(device: torch.device) -> torch.Tensor:
+    """Scales over the base: falling powers of 2^(1/8), computed in float64 and rounded, `(254,)` float32."""
+    return torch.exp2(torch.arange(MISSING - 1, dtype=torch.float64) / -8).float().to(device)
 
 
 def _pack_reference(core: torch.Tensor, bits: int) -> torch.Tensor:
-    _check_bits("pack_core", bits)
+    check_bits("pack_core", bits)
     check_floating("pack_core", "core", core)
     largest, count, per_byte = 2 ** (bits - 1) - 1, core.numel(), 8 // bits
     groups = F.pad(core.reshape(-1).float(), (0, -count % GROUP)).view(-1, GROUP)
     absmax = groups.abs().amax(dim=1) if count else groups.new_zeros(0)
     finite = absmax.isfinite()
     base = torch.where(finite, absmax, 0.0).amax() if count else groups.new_zeros(())
-    scales = base * _scale_table(core.device)
+    scales = base * scale_table(core.device)
     rising = scales.flip(0).contiguous()
     chosen = MISSING - 2 - torch.searchsorted(rising, absmax.contiguous()).clamp_max(MISSING - 2)
     steps = (scales[chosen] / largest).unsqueeze(1)
@@ -101,13 +103,14 @@ def _pack_reference(core: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _pack_fake(core: torch.Tensor, bits: int) -> torch.Tensor:
-    _check_bits("pack_core", bits)
+    check_bits("pack_core", bits)
     check_floating("pack_core", "core", core)
     return core.new_empty(packed_bytes(core.shape, bits), dtype=torch.uint8)
 
 
-def _check_packed(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: torch.dtype) -> None:
-    _check_bits("unpack_core", bits)
+def check_packed(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: torch.dtype) -> None:
+    """Refuses a buffer that is no packed core of shape `size`, or a dtype that no core has."""
+    check_bits("unpack_core", bits)
     check(dtype in FLOATING, f"lance::unpack_core: dtype is {dtype}; expected float32, float64, bfloat16 or float16")
     check(
         packed.dtype == torch.uint8 and packed.dim() == 1,
@@ -122,11 +125,11 @@ def _check_packed(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: t
 
 
 def _unpack_reference(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: torch.dtype) -> torch.Tensor:
-    _check_packed(packed, size, bits, dtype)
+    check_packed(packed, size, bits, dtype)
     largest, count = 2 ** (bits - 1) - 1, math.prod(size)
     split = 4 + (count * bits + 7) // 8
     base, codes, chosen = packed[:4].clone().view(torch.float32), packed[4:split], packed[split:]
-    table = F.pad(base * _scale_table(packed.device) / largest, (0, 2), value=torch.nan)
+    table = F.pad(base * scale_table(packed.device) / largest, (0, 2), value=torch.nan)
     steps = table[chosen.long()].repeat_interleave(GROUP)[:count]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     stream = (codes.unsqueeze(1) >> shifts) & (2**bits - 1)
@@ -135,7 +138,7 @@ def _unpack_reference(packed: torch.Tensor, size: Sequence[int], bits: int, dtyp
 
 
 def _unpack_fake(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: torch.dtype) -> torch.Tensor:
-    _check_packed(packed, size, bits, dtype)
+    check_packed(packed, size, bits, dtype)
     return packed.new_empty(size, dtype=dtype)
 
 
@@ -150,3 +153,6 @@ define(
     reference=_unpack_reference,
     fake=_unpack_fake,
 )
+
+register_triton("pack_core")
+register_triton("unpack_core", file="pack_core")

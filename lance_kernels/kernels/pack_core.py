@@ -1,0 +1,166 @@
+"""`pack_core` and `unpack_core` on a GPU; the buffer's layout is that of `lance_kernels/ops/pack_core.py`.
+
+Packing takes two launches: the groups' largest magnitudes, whose own largest is the core's `base`, then scales and
+codes. Divisions and roundings are IEEE's, so the bytes are those of the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from lance_kernels.ops.pack_core import GROUP, MISSING, check_bits, check_packed, packed_bytes, scale_table
+
+GROUPS = 64  # groups a program takes
+
+
+@triton.jit
+def magnitudes_kernel(core_pointer, magnitudes_pointer, count, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+    """Largest magnitude of every group; as integers, NaN and infinity are above every number."""
+    groups = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    places = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (GROUPS, GROUP)
+    values = tl.load(core_pointer + places, mask=places < count, other=0.0).to(tl.float32)
+    words = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    largest = tl.max(words, axis=1)  # (GROUPS,)
+    tl.store(magnitudes_pointer + groups, largest.to(tl.float32, bitcast=True), mask=groups * GROUP < count)
+
+
+@triton.jit
+def pack_kernel(
+    core_pointer,
+    magnitudes_pointer,
+    base_pointer,
+    table_pointer,
+    codes_pointer,
+    scales_pointer,
+    count,
+    code_bytes,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    MISSING: tl.constexpr,
+):
+    """Scale and codes of every group, least significant bits first."""
+    PER_BYTE: tl.constexpr = 8 // BITS
+    BYTES: tl.constexpr = GROUP // PER_BYTE
+    LARGEST: tl.constexpr = 2 ** (BITS - 1) - 1
+    groups = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    inside = groups * GROUP < count
+    base = tl.load(base_pointer)
+    magnitudes = tl.load(magnitudes_pointer + groups, mask=inside, other=0.0)  # (GROUPS,)
+    finite = (magnitudes.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+    known = tl.where(finite, magnitudes, 0.0)
+    # The last scale that is not below the magnitude, by bisection of the falling table.
+    low = tl.zeros([GROUPS], dtype=tl.int32)
+    high = tl.full([GROUPS], MISSING - 2, dtype=tl.int32)
+    for _ in tl.static_range(8):
+        middle = (low + high + 1) // 2
+        reaches = base * tl.load(table_pointer + middle) >= known
+        low = tl.where(reaches, middle, low)
+        high = tl.where(reaches, high, middle - 1)
+    tl.store(scales_pointer + groups, tl.where(finite, low, MISSING).to(tl.uint8), mask=inside)
+    steps = tl.div_rn(base * tl.load(table_pointer + low), LARGEST * 1.0)
+    usable = finite & (steps > 0)
+    steps = tl.where(usable, steps, 1.0)
+    places = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (GROUPS, GROUP)
+    values = tl.load(core_pointer + places, mask=places < count, other=0.0).to(tl.float32)
+    values = tl.where(usable[:, None], values, 0.0)
+    ratios = tl.div_rn(values, tl.broadcast_to(steps[:, None], (GROUPS, GROUP)))
+    ratios = tl.minimum(tl.maximum(ratios, -LARGEST * 1.0), LARGEST * 1.0)
+    # Adding it leaves no bits behind the point: rounds to nearest, ties to even.
+    rounded = (ratios + 12582912.0) - 12582912.0
+    whole = tl.reshape((rounded + LARGEST).to(tl.int32), (GROUPS, BYTES, PER_BYTE))
+    shifts = tl.arange(0, PER_BYTE) * BITS
+    packed = tl.sum(whole << shifts[None, None, :], axis=2)  # (GROUPS, BYTES)
+    targets = groups[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    tl.store(codes_pointer + targets, packed.to(tl.uint8), mask=targets < code_bytes)
+
+
+@triton.jit
+def unpack_kernel(
+    codes_pointer,
+    scales_pointer,
+    base_pointer,
+    table_pointer,
+    core_pointer,
+    count,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    MISSING: tl.constexpr,
+):
+    """Values from codes and scales."""
+    PER_BYTE: tl.constexpr = 8 // BITS
+    LARGEST: tl.constexpr = 2 ** (BITS - 1) - 1
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < count
+    scales = tl.load(scales_pointer + places // GROUP, mask=inside, other=0).to(tl.int32)  # (BLOCK,)
+    known = scales < MISSING - 1
+    steps = tl.load(base_pointer) * tl.load(table_pointer + tl.where(known, scales, 0))
+    steps = tl.where(known, tl.div_rn(steps, LARGEST * 1.0), float("nan"))
+    bytes_read = tl.load(codes_pointer + places // PER_BYTE, mask=inside, other=0).to(tl.int32)
+    codes = (bytes_read >> ((places % PER_BYTE) * BITS).to(tl.int32)) & (2**BITS - 1)
+    values = (codes - LARGEST).to(tl.float32) * steps
+    tl.store(core_pointer + places, values.to(core_pointer.dtype.element_ty), mask=inside)
+
+
+def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
+    """Launches the kernels that pack `core`; see `lance_kernels.ops.pack_core`."""
+    check_bits("pack_core", bits)
+    dense, count = core.contiguous(), core.numel()
+    packed = core.new_empty(packed_bytes(core.shape, bits), dtype=torch.uint8)
+    groups, code_bytes = -(-count // GROUP), (count * bits + 7) // 8
+    magnitudes = core.new_empty(groups, dtype=torch.float32)
+    grid = (triton.cdiv(groups, GROUPS),)
+    if not count:
+        return packed.zero_()
+    # float64 is narrowed here, as the reference does, so that the kernels have one way to round.
+    dense = dense.float() if dense.dtype == torch.float64 else dense
+    magnitudes_kernel[grid](dense, magnitudes, count, GROUPS=GROUPS, GROUP=GROUP)
+    base = torch.where(magnitudes.isfinite(), magnitudes, 0.0).amax().view(1)
+    packed[:4] = base.view(torch.uint8)
+    codes, scales = packed[4 : 4 + code_bytes], packed[4 + code_bytes :]
+    pack_kernel[grid](
+        dense,
+        magnitudes,
+        base,
+        scale_table(core.device),
+        codes,
+        scales,
+        count,
+        code_bytes,
+        BITS=bits,
+        GROUPS=GROUPS,
+        GROUP=GROUP,
+        MISSING=MISSING,
+    )
+    return packed
+
+
+def unpack_core(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """Launches the kernel that unpacks a core; see `lance_kernels.ops.unpack_core`."""
+    check_packed(packed, size, bits, dtype)
+    core, count = packed.new_empty(tuple(size), dtype=dtype), math.prod(size)
+    if not count:
+        return core
+    code_bytes = (count * bits + 7) // 8
+    base = packed[:4].clone().view(torch.float32)
+    codes, scales = packed[4 : 4 + code_bytes], packed[4 + code_bytes :]
+    block = GROUPS * GROUP
+    unpack_kernel[(triton.cdiv(count, block),)](
+        codes,
+        scales,
+        base,
+        scale_table(packed.device),
+        core,
+        count,
+        BITS=bits,
+        BLOCK=block,
+        GROUP=GROUP,
+        MISSING=MISSING,
+    )
+    return core
