@@ -43,7 +43,8 @@ struct ElementwiseOf {
   void (*quantize_each)(const T* x, const T* center, const T* inverse, int8_t* codes, int64_t count);
   void (*dequantize)(const int8_t* codes, T step, T* to, int64_t count);
   // Max pooling's step: where a value beats the best so far (greater, or NaN), both are replaced.
-  void (*keep_larger)(const T* values, uint8_t offset, T* best, uint8_t* offsets, int64_t count);
+  // `stride` is the distance of neighbouring values.
+  void (*keep_larger)(const T* values, int64_t stride, uint8_t offset, T* best, uint8_t* offsets, int64_t count);
   void (*dequantize_each)(const int8_t* codes, const T* step, T* to, int64_t count);
 };
 

@@ -367,13 +367,26 @@ void dequantize_each(const int8_t* codes, const T* step, T* to, int64_t count) {
 }
 
 template <typename T>
-void keep_larger(const T* values, uint8_t offset, T* best, uint8_t* offsets, int64_t count) {
+inline void keep_larger_apart(const T* values, int64_t stride, uint8_t offset, T* best, uint8_t* offsets,
+                              int64_t count) {
   for (int64_t index = 0; index < count; ++index) {
-    const T value = values[index];
+    const T value = values[index * stride];
     const T before = best[index];
     const bool better = !(value <= before) && !(before != before && value == value);
     best[index] = better ? value : before;
     offsets[index] = better ? offset : offsets[index];
+  }
+}
+
+// With the stride known the compiler loads neighbours and shuffles.
+template <typename T>
+void keep_larger(const T* values, int64_t stride, uint8_t offset, T* best, uint8_t* offsets, int64_t count) {
+  if (stride == 1) {
+    keep_larger_apart(values, 1, offset, best, offsets, count);
+  } else if (stride == 2) {
+    keep_larger_apart(values, 2, offset, best, offsets, count);
+  } else {
+    keep_larger_apart(values, stride, offset, best, offsets, count);
   }
 }
 

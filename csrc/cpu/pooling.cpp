@@ -141,16 +141,24 @@ inline void each_position(const Window& window, const Reach& depth, const Reach&
   }
 }
 
+std::vector<Reach> reaches(const Window& window, int dim) {
+  std::vector<Reach> all;
+  for (int64_t output = 0; output < window.out[dim]; ++output) {
+    all.push_back(reach(window, dim, output));
+  }
+  return all;
+}
+
 // Calls body(output, depth, row, column) for each output position.
 template <typename Body>
 inline void each_output(const Window& window, const Body& body) {
+  const std::vector<Reach> rows = reaches(window, 1);
+  const std::vector<Reach> columns = reaches(window, 2);
   int64_t output = 0;
-  for (int64_t d = 0; d < window.out[0]; ++d) {
-    const Reach depth = reach(window, 0, d);
-    for (int64_t r = 0; r < window.out[1]; ++r) {
-      const Reach row = reach(window, 1, r);
-      for (int64_t c = 0; c < window.out[2]; ++c, ++output) {
-        body(output, depth, row, reach(window, 2, c));
+  for (const Reach& depth : reaches(window, 0)) {
+    for (const Reach& row : rows) {
+      for (const Reach& column : columns) {
+        body(output++, depth, row, column);
       }
     }
   }
@@ -188,6 +196,56 @@ void pool_planes(const Window& window, const T* x, T* y, uint8_t* offsets) {
   });
 }
 
+// One output row at a time: for each kernel position the outputs that reach it, which are neighbours.
+template <typename T>
+void pool_rows(const Window& window, const T* x, T* y, uint8_t* offsets) {
+  const auto& routines = elementwise_of<T>();
+  const std::vector<Reach> depths = reaches(window, 0);
+  const std::vector<Reach> rows = reaches(window, 1);
+  const std::vector<Reach> columns = reaches(window, 2);
+  const int64_t width = window.out[2];
+  std::vector<int64_t> first(window.kernel[2], width);
+  std::vector<int64_t> last(window.kernel[2], 0);
+  for (int64_t output = 0; output < width; ++output) {
+    for (int64_t c = columns[output].begin; c < columns[output].end; ++c) {
+      first[c] = std::min(first[c], output);
+      last[c] = output + 1;
+    }
+  }
+  parallel_for(0, window.batch * window.channels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const T* from = x + plane * window.inputs();
+      T* to = y + plane * window.outputs();
+      uint8_t* at = offsets + plane * window.outputs();
+      for (const Reach& depth : depths) {
+        for (const Reach& row : rows) {
+          std::fill_n(to, width, -std::numeric_limits<T>::infinity());
+          const int64_t before = (depth.begin * window.kernel[1] + row.begin) * window.kernel[2];
+          for (int64_t output = 0; output < width; ++output) {
+            at[output] = static_cast<uint8_t>(before + columns[output].begin);
+          }
+          for (int64_t d = depth.begin; d < depth.end; ++d) {
+            const int64_t at_depth = (depth.start + d * window.dilation[0]) * window.size[1];
+            for (int64_t r = row.begin; r < row.end; ++r) {
+              const T* line = from + (at_depth + row.start + r * window.dilation[1]) * window.size[2];
+              const int64_t offset = (d * window.kernel[1] + r) * window.kernel[2];
+              for (int64_t c = 0; c < window.kernel[2]; ++c) {
+                if (first[c] < last[c]) {
+                  const int64_t input = columns[first[c]].start + c * window.dilation[2];
+                  routines.keep_larger(line + input, window.stride[2], static_cast<uint8_t>(offset + c), to + first[c],
+                                       at + first[c], last[c] - first[c]);
+                }
+              }
+            }
+          }
+          to += width;
+          at += width;
+        }
+      }
+    }
+  });
+}
+
 template <typename T>
 void pool_channels(const Window& window, const T* x, T* y, uint8_t* offsets) {
   const int64_t channels = window.channels;
@@ -204,7 +262,7 @@ void pool_channels(const Window& window, const T* x, T* y, uint8_t* offsets) {
             std::fill_n(at, channels, static_cast<uint8_t>(offset));
           }
           if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
-            elementwise_of<T>().keep_larger(values, static_cast<uint8_t>(offset), to, at, channels);
+            elementwise_of<T>().keep_larger(values, 1, static_cast<uint8_t>(offset), to, at, channels);
           } else {
             for (int64_t channel = 0; channel < channels; ++channel) {
               const bool better = beats(values[channel], to[channel]);
@@ -306,7 +364,10 @@ std::tuple<Tensor, Tensor> max_pool_offsets(const Tensor& x, Sizes kernel, Sizes
   const Window window = make_window(shape, size, out, kernel, stride, padding, dilation, !order.empty());
   dispatch_floating(x.scalar_type(), [&](auto value) {
     using T = decltype(value);
-    const auto pool = window.channels_last ? pool_channels<T> : pool_planes<T>;
+    auto pool = window.channels_last ? pool_channels<T> : pool_planes<T>;
+    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
+      pool = window.channels_last ? pool_channels<T> : pool_rows<T>;
+    }
     pool(window, static_cast<const T*>(dense.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
          static_cast<uint8_t*>(offsets.mutable_data_ptr()));
   });
