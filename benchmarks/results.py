@@ -178,7 +178,7 @@ class Results:
             rows = [Row.from_dict(row) for row in content["rows"]]
             return cls(content["suite"], content["command"], rows)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no benchmark results: {error}") from error
+            raise ValueError(f"{path} holds no benchmark results ({error}); move it away or mend it") from error
 
 
 def make_rows(
