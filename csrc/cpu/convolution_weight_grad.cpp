@@ -2,33 +2,11 @@
 
 #include <array>
 
-#include "geometry.h"
+#include "depthwise.h"
 #include "tucker.h"
 
 namespace lance {
 namespace {
-
-// Sizes of one call. `rank` is the channel mode of the core as it is contracted: the core's own rank, or, where a group
-// has fewer channels than that, the channels of x, the core having been expanded along them.
-struct Problem {
-  int64_t samples;  // of grad_output
-  int64_t kept;     // entries of the core's batch mode
-  int64_t outputs;
-  int64_t groups;
-  int64_t group_channels;
-  int64_t rank;
-  bool channels_expanded;
-  Sizes taps;        // kernel, spatial mode by spatial mode
-  Sizes core_ranks;  // of the core's spatial modes
-  Sizes positions;   // spatial sizes of grad_output
-  int64_t tap_count;
-  int64_t rank_count;
-
-  // Channels the sums of an output have: all ranks, or its group's channels.
-  int64_t sum_channels() const {
-    return channels_expanded ? group_channels : rank;
-  }
-};
 
 // The sums over samples and ranks, sum[o, tap, q] = sum_{b, k} Q[b, o, tap, k] core[b, q, k], leave a task through
 // this: element (o, tap, q) lies at o * output + offsets[tap] + q * channel.
@@ -119,10 +97,11 @@ class Shifted {
   void add_sums(const T* q, const T* core, int64_t samples, int64_t outputs, int64_t first, T* sums,
                 bool accumulate) const;
   SumsLayout layout(int64_t outputs) const;
+  Tensor turned_core() const;
 
   const Problem& problem_;
   const Tensor& grad_;
-  Tensor core_;  // (kept, ranks, rank), in T
+  const Tensor& core_;
   std::vector<Matrix<T>> shifts_;
   std::optional<Matrix<T>> merged_;  // all spatial modes as one, columns (taps..., ranks...)
   std::optional<Matrix<T>> batch_;
@@ -166,7 +145,7 @@ Matrix<T> merge(const std::vector<Matrix<T>>& shifts, const Problem& problem) {
 template <typename T>
 Shifted<T>::Shifted(const Problem& problem, const Tensor& grad_output, const Tensor& core, const Factors& factors,
                     const Geometry& geometry)
-    : problem_(problem), grad_(grad_output) {
+    : problem_(problem), grad_(grad_output), core_(core) {
   constexpr int64_t largest_merged = 32768;
   constexpr int64_t cached = 16384;
   const size_t spatial = problem.taps.size();
@@ -206,18 +185,6 @@ Shifted<T>::Shifted(const Problem& problem, const Tensor& grad_output, const Ten
       merged_.reset();
     }
   }
-
-  core_ = torch::stable::new_empty(core, {problem.kept, problem.rank_count, problem.rank}, dtype_of<T>);
-  const Tensor dense = torch::stable::contiguous(core);
-  const int64_t plane = problem.rank * problem.rank_count;
-  parallel_for(0, problem.kept, 1 + 16384 / plane, [&](int64_t begin, int64_t end) {
-    for (int64_t entry = begin; entry < end; ++entry) {
-      // (rank, ranks) to (ranks, rank)
-      gather(offset_by(dense.const_data_ptr(), dense.scalar_type(), entry * plane), dense.scalar_type(),
-             problem_.rank_count, 1, problem_.rank, problem_.rank_count, core_.mutable_data_ptr<T>() + entry * plane,
-             problem_.rank);
-    }
-  });
 }
 
 // The modes of a piece of grad_output: `samples` by `outputs` with the matrices that make Q of it.
@@ -375,6 +342,23 @@ void Shifted<T>::add_sums(const T* q, const T* core, int64_t samples, int64_t ou
   }
 }
 
+// (kept, ranks, rank), in T.
+template <typename T>
+Tensor Shifted<T>::turned_core() const {
+  Tensor turned = torch::stable::new_empty(core_, {problem_.kept, problem_.rank_count, problem_.rank}, dtype_of<T>);
+  const Tensor dense = torch::stable::contiguous(core_);
+  const int64_t plane = problem_.rank * problem_.rank_count;
+  parallel_for(0, problem_.kept, 1 + 16384 / plane, [&](int64_t begin, int64_t end) {
+    for (int64_t entry = begin; entry < end; ++entry) {
+      // (rank, ranks) to (ranks, rank)
+      gather(offset_by(dense.const_data_ptr(), dense.scalar_type(), entry * plane), dense.scalar_type(),
+             problem_.rank_count, 1, problem_.rank, problem_.rank_count, turned.mutable_data_ptr<T>() + entry * plane,
+             problem_.rank);
+    }
+  });
+  return turned;
+}
+
 // A task takes a block of output channels, so that no two write the same sums. A few samples at a time, it makes Q of
 // grad_output, which it reads once and in place, and adds Q times the core to its sums; Q and the sums stay in cache.
 // Scratch a thread: Q and what precedes it (tens of thousands of elements), the sums (block, taps, rank).
@@ -387,6 +371,7 @@ void Shifted<T>::run(const Tensor* feature, Tensor& grad_weight) const {
   const Problem& problem = problem_;
   const int64_t blocks = (problem.outputs + block_ - 1) / block_;
   const ScalarType dtype = grad_.scalar_type();
+  const Tensor core = turned_core();
   parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     std::optional<Chain<T>> whole;
     const int64_t q_samples = batch_ ? problem.kept : chunk_;
@@ -408,7 +393,7 @@ void Shifted<T>::run(const Tensor* feature, Tensor& grad_weight) const {
         const int64_t offset = sample * grad_.stride(0) + first * grad_.stride(1);
         chain.run(offset_by(grad_.const_data_ptr(), dtype, offset), q.data(), scratch.data());
         const int64_t entry = batch_ ? 0 : sample;
-        add_sums(q.data(), core_.const_data_ptr<T>() + entry * problem.rank_count * problem.rank,
+        add_sums(q.data(), core.const_data_ptr<T>() + entry * problem.rank_count * problem.rank,
                  batch_ ? problem.kept : samples, outputs, first, sums.data(), sample > 0);
       }
       expand_channels(problem, sums.data(), layout(outputs), outputs, first, matrix ? &*matrix : nullptr, grad_weight);
@@ -435,12 +420,18 @@ Tensor library_weight_grad(const Tensor& grad_output, const Tensor& image, const
   return Tensor(gradients[1]);
 }
 
-// In the vector operations of Shifted::cost(): the library's products, and its passes over what it reorders.
+// In the vector operations of Shifted::cost(): the library's products, which fill vectors badly where a group has few
+// channels, its passes over what it reorders, and making the image.
 template <typename T>
 double expanded_cost(const Problem& problem) {
   const double lanes = static_cast<double>(routines().vector_bytes) / sizeof(T);
   const double grad = static_cast<double>(problem.kept * problem.outputs * count_of(problem.positions));
-  return grad * static_cast<double>(problem.tap_count * problem.sum_channels()) / lanes * 1.6 + grad / 2 + 5e4;
+  const double image = static_cast<double>(problem.kept * problem.rank * count_of(problem.input));
+  const bool grouped = problem.channels_expanded && problem.groups > 1;
+  const double channels = static_cast<double>(std::max<int64_t>(problem.sum_channels(), grouped ? 32 : 8));
+  const double products = grad * static_cast<double>(problem.tap_count) * channels / lanes * 1.6;
+  const double making = image * (static_cast<double>(problem.core_ranks[0]) / lanes + 0.5);
+  return products + grad / 2 + making + 5e4;
 }
 
 // The expanded way: the spatial modes of the core are expanded, and the library takes the weight gradient on `rank`
@@ -509,7 +500,15 @@ template <typename T>
 void run(const Problem& problem, const Tensor& grad_output, const Tensor& core, const Factors& factors,
          const Geometry& geometry, const Tensor* feature, Tensor& grad_weight) {
   const Shifted<T> shifted(problem, grad_output, core, factors, geometry);
-  if (shifted.cost() < expanded_cost<T>(problem)) {
+  const double least = std::min(shifted.cost(), expanded_cost<T>(problem));
+  if (Depthwise<T>::fits(problem, factors)) {
+    const Depthwise<T> depthwise(problem, grad_output, core, factors, geometry);
+    if (depthwise.cost() < least) {
+      depthwise.run(grad_weight);
+      return;
+    }
+  }
+  if (shifted.cost() == least) {
     shifted.run(feature, grad_weight);
   } else {
     run_expanded<T>(problem, grad_output, core, factors, geometry, feature, grad_weight);
@@ -547,6 +546,7 @@ Tensor convolution_weight_grad(const Tensor& grad_output, const Tensor& core, co
   problem.group_channels = weight_size[1];
   problem.channels_expanded = !factors[1] || core.size(1) > weight_size[1];
   problem.rank = problem.channels_expanded ? input_size[1] : core.size(1);
+  problem.input.assign(input_size.begin() + 2, input_size.end());
   problem.taps.assign(weight_size.begin() + 2, weight_size.end());
   problem.positions.assign(expected.begin() + 2, expected.end());
   const Sizes core_size = sizes_of(core);

@@ -28,11 +28,28 @@ struct Product {
   bool accumulate = false;
 };
 
+// For tap t below taps (at most 9), lane by lane: sums[t * lanes + lane] += the sum over i and j of
+// image[offsets[t] + i * image_row + j] * grad[i * grad_row + j], column j going to lane j % lanes.
+template <typename T>
+struct Correlation {
+  const T* grad = nullptr;
+  int64_t grad_row = 0;
+  int64_t rows = 0;
+  int64_t columns = 0;
+  const T* image = nullptr;
+  int64_t image_row = 0;
+  const int64_t* offsets = nullptr;
+  int64_t taps = 0;
+  T* sums = nullptr;
+};
+
 // The routines of one instruction set.
 struct Routines {
   int64_t vector_bytes;
   void (*product_float)(const Product<float>&);
   void (*product_double)(const Product<double>&);
+  void (*correlate_float)(const Correlation<float>&);
+  void (*correlate_double)(const Correlation<double>&);
   // Between float and the 16-bit formats, given as their bits; `count` neighbours each.
   void (*widen_bfloat16)(const uint16_t* from, float* to, int64_t count);
   void (*widen_half)(const uint16_t* from, float* to, int64_t count);
@@ -52,6 +69,14 @@ inline void product(const Product<float>& arguments) {
 
 inline void product(const Product<double>& arguments) {
   routines().product_double(arguments);
+}
+
+inline void correlate(const Correlation<float>& arguments) {
+  routines().correlate_float(arguments);
+}
+
+inline void correlate(const Correlation<double>& arguments) {
+  routines().correlate_double(arguments);
 }
 
 }  // namespace lance

@@ -201,6 +201,66 @@ void product(const Product<T>& p) {
   }
 }
 
+// Every vector of grad that is loaded meets the vectors of image that each tap sees; the sums stay in registers.
+template <typename T, int Taps>
+void correlate_taps(const Correlation<T>& c) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int64_t lanes = lanes_of<T>;
+  Vector sum[Taps];
+#pragma GCC unroll 9
+  for (int tap = 0; tap < Taps; ++tap) {
+    sum[tap] = load(c.sums + tap * lanes);
+  }
+  const int64_t whole = c.columns / lanes * lanes;
+  const int64_t rest = c.columns - whole;
+  for (int64_t row = 0; row < c.rows; ++row) {
+    const T* grad = c.grad + row * c.grad_row;
+    const T* image = c.image + row * c.image_row;
+    for (int64_t column = 0; column < whole; column += lanes) {
+      const Vector value = load(grad + column);
+#pragma GCC unroll 9
+      for (int tap = 0; tap < Taps; ++tap) {
+        sum[tap] += value * load(image + column + c.offsets[tap]);
+      }
+    }
+    if (rest) {
+      const Vector value = load_part(grad + whole, rest);
+#pragma GCC unroll 9
+      for (int tap = 0; tap < Taps; ++tap) {
+        sum[tap] += value * load_part(image + whole + c.offsets[tap], rest);
+      }
+    }
+  }
+#pragma GCC unroll 9
+  for (int tap = 0; tap < Taps; ++tap) {
+    store(c.sums + tap * lanes, sum[tap]);
+  }
+}
+
+template <typename T>
+void correlate(const Correlation<T>& c) {
+  switch (c.taps) {
+    case 1:
+      return correlate_taps<T, 1>(c);
+    case 2:
+      return correlate_taps<T, 2>(c);
+    case 3:
+      return correlate_taps<T, 3>(c);
+    case 4:
+      return correlate_taps<T, 4>(c);
+    case 5:
+      return correlate_taps<T, 5>(c);
+    case 6:
+      return correlate_taps<T, 6>(c);
+    case 7:
+      return correlate_taps<T, 7>(c);
+    case 8:
+      return correlate_taps<T, 8>(c);
+    default:
+      return correlate_taps<T, 9>(c);
+  }
+}
+
 // A bfloat16 is the upper half of a float.
 void widen_bfloat16(const uint16_t* from, float* to, int64_t count) {
   for (int64_t index = 0; index < count; ++index) {
@@ -332,8 +392,8 @@ void transpose(const float* from, int64_t from_row, int64_t rows, int64_t column
 
 extern const Routines table;
 const Routines table = {
-    LANCE_VECTOR_BYTES, product<float>,  product<double>, widen_bfloat16,
-    widen_half,         narrow_bfloat16, narrow_half,     transpose,
+    LANCE_VECTOR_BYTES, product<float>, product<double>, correlate<float>, correlate<double>,
+    widen_bfloat16,     widen_half,     narrow_bfloat16, narrow_half,      transpose,
 };
 
 }  // namespace lance::LANCE_INSTRUCTION_SET
