@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lance_kernels.nn._compressed import CompressedLayer
-from lance_kernels.nn._state import is_own, layer_state
+from lance_kernels.nn._state import absolute_name, is_own, layer_state, relative_name
 
 
 def plain_state_dict(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def share_factors(model: nn.Module, groups: Mapping[str, str]) -> dict[str, str]
         if layer is None or owner is None or layer is owner or owner._lance_owner is not None:
             continue
         if layer.lance_core_bits == owner.lance_core_bits and _same(layer.factors, owner.factors):
-            layer.lance_use_factors_of(owner, owner_name)
+            layer.lance_use_factors_of(owner, relative_name(owner_name, name))
             linked[name] = owner_name
     prepare_loading(model)
     return linked
@@ -136,8 +136,9 @@ def _check_state(
         found, wrong = layer_state(layer, entries, full)
         problems += wrong
         if found is not None and found.owner:
-            owner = by_layer.get(found.owner)
-            if found.owner == name or found.owner not in layers or owner is None:
+            owner_name = absolute_name(found.owner, name)
+            owner = by_layer.get(owner_name or "")
+            if owner_name in (None, name) or owner_name not in layers or owner is None:
                 problems.append(f"{full}lance_owner names {found.owner!r}, which has no factors in this state")
             elif any(key.endswith(".lance_owner") for key in owner):
                 problems.append(f"{full}lance_owner names {found.owner!r}, which uses another layer's factors")
@@ -153,10 +154,11 @@ def _check_state(
 
 def _link_loaded(model: nn.Module, incompatible_keys: Any) -> None:
     layers = _layers(model)
-    for layer in layers.values():
+    for name, layer in layers.items():
         owner = vars(layer).pop("_lance_pending_owner", None)
-        if owner is not None and owner in layers:
-            layer.lance_use_factors_of(layers[owner], owner)
+        owner_name = absolute_name(owner, name) if owner else None
+        if owner_name in layers:
+            layer.lance_use_factors_of(layers[owner_name], owner)
     _ignore_in_ddp(model)
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 import lance_kernels as lance
+from lance_kernels.nn._state import absolute_name, relative_name
 from lance_kernels.state import atomic_save
 from tests.models import images, vit
 
@@ -191,7 +192,13 @@ HOSTILE = {
     "no form": ("3.lance_form", lambda f: torch.zeros(2), "expected two integers"),
     "bits out of range": ("3.lance_form", lambda f: torch.tensor([2, 5]), "expected two integers"),
     "modes of the form": ("3.lance_form", lambda f: torch.tensor([3, 4]), "modes"),
-    "owner that is not there": ("3.lance_owner", lambda f: torch.tensor([104, 105], dtype=torch.uint8), "names 'hi'"),
+    "owner that is not there": (
+        "3.lance_owner",
+        lambda f: torch.tensor(list(b".hi"), dtype=torch.uint8),
+        "names '.hi'",
+    ),
+    "owner out of the model": ("3.lance_owner", lambda f: torch.tensor(list(b"...0"), dtype=torch.uint8), "names"),
+    "owner that is the layer": ("3.lance_owner", lambda f: torch.tensor(list(b".3"), dtype=torch.uint8), "names"),
     "owner that is no name": ("3.lance_owner", lambda f: torch.tensor([255, 254], dtype=torch.uint8), "in UTF-8"),
     "wrong weight": ("3.weight", lambda f: f[:, :-1], "3.weight has shape"),
 }
@@ -280,6 +287,22 @@ def test_moves_of_dtype_keep_wide_factors(move):
     assert model[0].weight.grad.dtype == model[0].weight.dtype
     model.float()
     assert model[3].factors[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "relative"),
+    [
+        ("a.b.query", "a.b.key", ".query"),
+        ("query", "key", ".query"),
+        ("block.conv", "block.down.0", "..conv"),
+        ("block.down.0", "block.conv", ".down.0"),
+        ("x.y.z", "a.b.c", "...x.y.z"),
+        ("a", "a.b", "..a"),
+    ],
+)
+def test_relative_names(name, own, relative):
+    assert relative_name(name, own) == relative
+    assert absolute_name(relative, own) == name
 
 
 def test_shared_factors_are_saved_once():

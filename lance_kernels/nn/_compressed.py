@@ -34,7 +34,7 @@ class CompressedLayer(nn.Module):
     lance_core_bits: int
     lance_exact: bool
     _lance_factor_names: tuple[str, ...]
-    # The layer that stores the factors this one uses too, and its name; a tuple hides it from `modules()`.
+    # The layer that stores the factors this one uses too, and its relative name; a tuple hides it from `modules()`.
     _lance_owner: tuple[CompressedLayer, str] | None
     # Where an owner's core is found by the layers that use its factors; only owners have one.
     _lance_shared: SharedCore | None
@@ -109,7 +109,7 @@ class CompressedLayer(nn.Module):
 
         Args:
             owner: the other layer; it has factors of its own.
-            name: its name, for saved states.
+            name: its name relative to this layer's, for saved states.
         """
         self.lance_clear_factors()
         self._lance_owner = (owner, name)

@@ -2,7 +2,8 @@
 
 A calibrated layer's entries beside its parameters, after its prefix: `lance_factor_<mode>of<modes>`, float matrices;
 `lance_form`, number of modes and bits a value of the core; and, in place of the factors, `lance_owner`, the bytes of
-the name of the layer whose factors it uses.
+the name of the layer whose factors it uses. That name is relative, so that it holds whatever wraps the model: one dot
+for each part to drop from the end of the layer's own name, then what follows (".query", "..shortcut.0").
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class LayerState:
         keys: their keys.
         factors: one `(size, rank)` matrix or None a mode; empty where an owner has them.
         core_bits: bits a value of the core, 0 for the dtype of the input.
-        owner: name of the layer that has the factors, or "".
+        owner: relative name of the layer that has the factors, or "".
     """
 
     keys: list[str]
@@ -61,6 +62,22 @@ def is_own(key: str) -> bool:
 def owner_tensor(name: str) -> torch.Tensor:
     """A name as a saved state holds it, `(bytes,)` uint8."""
     return torch.tensor(list(name.encode()), dtype=torch.uint8)
+
+
+def relative_name(name: str, own: str) -> str:
+    """A module's name as seen from another module, both in one model."""
+    parts, mine = name.split("."), own.split(".")
+    common = 0
+    while common < min(len(parts), len(mine)) - 1 and parts[common] == mine[common]:
+        common += 1
+    return "." * (len(mine) - common) + ".".join(parts[common:])
+
+
+def absolute_name(relative: str, own: str) -> str | None:
+    """The name that `relative_name` was given; None where it leads out of the model."""
+    rest = relative.lstrip(".")
+    dots, mine = len(relative) - len(rest), own.split(".")
+    return ".".join([*mine[: len(mine) - dots], rest]) if 1 <= dots <= len(mine) and rest else None
 
 
 def layer_state(layer: CompressedLayer, state: Mapping[str, Any], prefix: str) -> tuple[LayerState | None, list[str]]:
