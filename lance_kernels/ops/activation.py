@@ -17,7 +17,14 @@ import torch.nn.functional as F
 
 from lance_kernels.ops._checks import accumulation_dtype, check, check_floating
 from lance_kernels.ops._layout import check_order, empty_in_order, from_order, in_order, memory_order
-from lance_kernels.ops._registry import apply, below_autograd, define, not_differentiable, once_differentiable
+from lance_kernels.ops._registry import (
+    apply,
+    below_autograd,
+    define,
+    not_differentiable,
+    once_differentiable,
+    register_triton,
+)
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -142,7 +149,7 @@ def activation_of(function: Function, x: torch.Tensor, kind: str, bits: int = 8)
     Returns:
         `function(x)`, with the gradient of `activation`.
     """
-    _check_kind("activation", x, kind, bits)
+    check_kind("activation", x, kind, bits)
     y: torch.Tensor = apply(_Activation, x, kind, bits, function)
     return y
 
@@ -157,7 +164,8 @@ def derivative_bound(kind: str, bits: int) -> float:
     return KINDS[kind].grids[bits].bound
 
 
-def _check_kind(operator: str, tensor: torch.Tensor, kind: str, bits: int) -> None:
+def check_kind(operator: str, tensor: torch.Tensor, kind: str, bits: int) -> None:
+    """Refuses a dtype, kind or number of bits that there is not."""
     check_floating(operator, "x" if operator != "activation_grad" else "grad", tensor)
     check(kind in KINDS, f"lance::{operator}: kind is {kind!r}; expected one of {', '.join(KINDS)}")
     check(bits in (4, 8), f"lance::{operator}: bits is {bits}; expected 8 or 4")
@@ -190,7 +198,8 @@ def unpack_pairs(packed: torch.Tensor, numel: int) -> torch.Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=1).reshape(-1)[:numel]
 
 
-def _bytes(x: torch.Tensor, bits: int) -> int:
+def code_bytes(x: torch.Tensor, bits: int) -> int:
+    """Bytes that the codes of `x` take."""
     return x.numel() if bits == 8 else (x.numel() + 1) // 2
 
 
@@ -206,37 +215,38 @@ def _grad(grad: torch.Tensor, codes: torch.Tensor, kind: str, bits: int, order: 
     return from_order((flat * decode(whole, kind, bits, dtype)).to(grad.dtype), order)
 
 
-def _codes_reference(x: torch.Tensor, kind: str, bits: int, order: Sequence[int]) -> torch.Tensor:
-    _check_kind("activation_codes", x, kind, bits)
+def codes_reference(x: torch.Tensor, kind: str, bits: int, order: Sequence[int]) -> torch.Tensor:
+    """Reference of `lance::activation_codes`."""
+    check_kind("activation_codes", x, kind, bits)
     check_order("activation_codes", x, order)
     return _codes(x, kind, bits, order)
 
 
 def _codes_fake(x: torch.Tensor, kind: str, bits: int, order: Sequence[int]) -> torch.Tensor:
-    _check_kind("activation_codes", x, kind, bits)
+    check_kind("activation_codes", x, kind, bits)
     check_order("activation_codes", x, order)
-    return x.new_empty([_bytes(x, bits)], dtype=torch.uint8)
+    return x.new_empty([code_bytes(x, bits)], dtype=torch.uint8)
 
 
-def _check_codes(grad: torch.Tensor, codes: torch.Tensor, kind: str, bits: int, order: Sequence[int]) -> None:
-    _check_kind("activation_grad", grad, kind, bits)
+def check_codes(grad: torch.Tensor, codes: torch.Tensor, kind: str, bits: int, order: Sequence[int]) -> None:
+    """Refuses codes that are not those of a tensor of the shape of `grad`."""
+    check_kind("activation_grad", grad, kind, bits)
     check_order("activation_grad", grad, order)
     check(
-        codes.dtype == torch.uint8 and codes.dim() == 1 and codes.shape[0] == _bytes(grad, bits),
+        codes.dtype == torch.uint8 and codes.dim() == 1 and codes.shape[0] == code_bytes(grad, bits),
         f"lance::activation_grad: codes has dtype {codes.dtype} and shape {tuple(codes.shape)}; expected torch.uint8 "
-        f"and {(_bytes(grad, bits),)}, {bits} bits an element of {tuple(grad.shape)}",
+        f"and {(code_bytes(grad, bits),)}, {bits} bits an element of {tuple(grad.shape)}",
     )
 
 
-def _grad_reference(
-    grad: torch.Tensor, codes: torch.Tensor, kind: str, bits: int, order: Sequence[int]
-) -> torch.Tensor:
-    _check_codes(grad, codes, kind, bits, order)
+def grad_reference(grad: torch.Tensor, codes: torch.Tensor, kind: str, bits: int, order: Sequence[int]) -> torch.Tensor:
+    """Reference of `lance::activation_grad`."""
+    check_codes(grad, codes, kind, bits, order)
     return _grad(grad, codes, kind, bits, order)
 
 
 def _grad_fake(grad: torch.Tensor, codes: torch.Tensor, kind: str, bits: int, order: Sequence[int]) -> torch.Tensor:
-    _check_codes(grad, codes, kind, bits, order)
+    check_codes(grad, codes, kind, bits, order)
     return empty_in_order(grad, order)
 
 
@@ -264,18 +274,18 @@ class _Activation(torch.autograd.Function):
 
 
 def _activation_reference(x: torch.Tensor, kind: str, bits: int = 8) -> torch.Tensor:
-    _check_kind("activation", x, kind, bits)
+    check_kind("activation", x, kind, bits)
     return KINDS[kind].forward(x)
 
 
 def _activation_fake(x: torch.Tensor, kind: str, bits: int = 8) -> torch.Tensor:
-    _check_kind("activation", x, kind, bits)
+    check_kind("activation", x, kind, bits)
     return torch.empty_like(x)
 
 
 def _activation_autograd(x: torch.Tensor, kind: str, bits: int = 8) -> torch.Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
-        _check_kind("activation", x, kind, bits)
+        check_kind("activation", x, kind, bits)
         y: torch.Tensor = apply(_Activation, x, kind, bits, KINDS[kind].forward)
         return y
     with below_autograd():
@@ -284,13 +294,13 @@ def _activation_autograd(x: torch.Tensor, kind: str, bits: int = 8) -> torch.Ten
 
 define(
     "activation_codes(Tensor x, str kind, int bits, int[] order) -> Tensor",
-    reference=_codes_reference,
+    reference=codes_reference,
     fake=_codes_fake,
     autograd=not_differentiable("activation_codes"),
 )
 define(
     "activation_grad(Tensor grad, Tensor codes, str kind, int bits, int[] order) -> Tensor",
-    reference=_grad_reference,
+    reference=grad_reference,
     fake=_grad_fake,
     autograd=not_differentiable("activation_grad"),
 )
@@ -300,3 +310,5 @@ define(
     fake=_activation_fake,
     autograd=_activation_autograd,
 )
+register_triton("activation_codes", file="activation")
+register_triton("activation_grad", file="activation")

@@ -17,7 +17,14 @@ import torch.nn.functional as F
 
 from lance_kernels.ops._checks import check, check_floating
 from lance_kernels.ops._layout import check_order, empty_in_order, from_order, in_order, memory_order
-from lance_kernels.ops._registry import apply, below_autograd, define, not_differentiable, once_differentiable
+from lance_kernels.ops._registry import (
+    apply,
+    below_autograd,
+    define,
+    not_differentiable,
+    once_differentiable,
+    register_triton,
+)
 
 
 def relu(x: torch.Tensor) -> torch.Tensor:
@@ -147,9 +154,10 @@ def _unpack_mask_fake(mask: torch.Tensor, like: torch.Tensor, order: Sequence[in
     return empty_in_order(like, order, torch.bool)
 
 
-def _masked_reference(
+def masked_reference(
     x: torch.Tensor, low: float | None, high: float | None, slope: float | None, order: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reference of `lance::masked_activation`: the activation and its bits."""
     check_floating("masked_activation", "x", x)
     check_order("masked_activation", x, order)
     flat = in_order(x, order)
@@ -164,10 +172,11 @@ def _masked_fake(
     return empty_in_order(x, order), x.new_empty([(x.numel() + 7) // 8], dtype=torch.uint8)
 
 
-def _masked_in_place_reference(
+def masked_in_place_reference(
     x: torch.Tensor, low: float | None, high: float | None, slope: float | None, order: Sequence[int]
 ) -> torch.Tensor:
-    y, mask = _masked_reference(x, low, high, slope, order)
+    """Reference of `lance::masked_activation_`."""
+    y, mask = masked_reference(x, low, high, slope, order)
     x.copy_(y)
     return mask
 
@@ -178,9 +187,10 @@ def _masked_in_place_fake(
     return _masked_fake(x, low, high, slope, order)[1]
 
 
-def _masked_grad_reference(
+def masked_grad_reference(
     grad: torch.Tensor, mask: torch.Tensor, slope: float | None, order: Sequence[int]
 ) -> torch.Tensor:
+    """Reference of `lance::masked_activation_grad`."""
     check_floating("masked_activation_grad", "grad", grad)
     check_order("masked_activation_grad", grad, order)
     check_mask("masked_activation_grad", mask, grad)
@@ -285,18 +295,18 @@ define(
 )
 define(
     "masked_activation(Tensor x, float? low, float? high, float? slope, int[] order) -> (Tensor, Tensor)",
-    reference=_masked_reference,
+    reference=masked_reference,
     fake=_masked_fake,
     autograd=not_differentiable("masked_activation"),
 )
 define(
     "masked_activation_(Tensor(a!) x, float? low, float? high, float? slope, int[] order) -> Tensor",
-    reference=_masked_in_place_reference,
+    reference=masked_in_place_reference,
     fake=_masked_in_place_fake,
 )
 define(
     "masked_activation_grad(Tensor grad, Tensor mask, float? slope, int[] order) -> Tensor",
-    reference=_masked_grad_reference,
+    reference=masked_grad_reference,
     fake=_masked_grad_fake,
     autograd=not_differentiable("masked_activation_grad"),
 )
@@ -318,3 +328,6 @@ define(
     fake=_fake_like,
     autograd=lambda x, slope=0.01: _differentiable(x, None, None, slope),
 )
+register_triton("masked_activation", file="mask")
+register_triton("masked_activation_", file="mask")
+register_triton("masked_activation_grad", file="mask")
