@@ -81,7 +81,7 @@ def test_groups_give_the_same_factors(most_bytes, limit, passes):
 def test_data_that_comes_once_only():
     model = network()
     data = [torch.randn(6, 5, 24)]
-    with pytest.raises(ValueError, match="exceed max_bytes, 9000, .* can be iterated once only"):
+    with pytest.raises(ValueError, match=r"exceed max_bytes, 9000, .* can be iterated once only"):
         lance.calibrate(model, iter(data), progress=False, max_bytes=9000)
     assert not model[0].query.is_calibrated
     lance.calibrate(model, iter(data), progress=False)
