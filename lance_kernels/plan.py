@@ -22,8 +22,10 @@ from lance_kernels.state import share_factors
 if TYPE_CHECKING:
     from lance_kernels.calibrate import Calibration, Spectrum
 
-# Energy of the rounding error over the core's, measured on trained convolution networks; None is the input's dtype.
-ROUNDING: Mapping[int | None, float] = {None: 0.0, 8: 6e-5, 4: 0.016, 2: 0.21}
+# Gradient cosine lost to rounding, by bits; None is the input's dtype. See docs/decisions.md for these figures.
+ROUNDING: Mapping[int | None, float] = {None: 0.0, 8: 2e-5, 4: 2e-3, 2: 0.05}
+# What a mode's lost energy costs: a lost feature is a lost column of the weight gradient, positions average out.
+FEATURE_COST, POSITION_COST = 0.35, 0.19
 
 
 def energy_rank(eigenvalues: torch.Tensor, energy: float) -> int:
@@ -42,6 +44,17 @@ def energy_rank(eigenvalues: torch.Tensor, energy: float) -> int:
     # The last entries of the sum can fall short of its end by rounding alone.
     threshold = energy * kept[-1] * (1 - 1e-12)
     return min(int((kept < threshold).sum()) + 1, kept.numel())
+
+
+def cosine_kept(kept: np.ndarray[Any, Any], is_feature: bool) -> np.ndarray[Any, Any]:
+    """Gradient cosine that a mode leaves when its factor keeps a fraction of the energy: `exp(-w (1 - kept)^1.5)`.
+
+    Args:
+        kept: fractions of the energy.
+        is_feature: whether the mode is the channels or features, not positions.
+    """
+    lost = np.clip(1 - kept, 0.0, 1.0)
+    return np.asarray(np.exp(-(FEATURE_COST if is_feature else POSITION_COST) * lost**1.5))
 
 
 def choose_ranks(name: str, spectra: Sequence[torch.Tensor | None], config: LanceConfig) -> list[int | None]:
@@ -109,7 +122,7 @@ class LayerPlan:
         bytes: what the layer will hold, scales included; 0 where another layer of the same input holds it.
         dense_bytes: what a plain layer holds.
         flops: floating point operations of the projection.
-        predicted_error: expected squared error of the weight gradient over its squared norm.
+        predicted_error: 1 minus the expected cosine between compressed and true weight gradient.
     """
 
     name: str
@@ -193,9 +206,9 @@ def plan(
     """Chooses ranks and bits over all layers and modes together, so that what they hold stays within a budget.
 
     The sum over the layers of the predicted gradient errors is minimised: a layer whose modes keep the energy fractions
-    `k_n` and whose core is rounded with a relative error energy `q` has the error `1 - prod(k_n) (1 - q)`. For a price
-    of a byte every layer has its own best ranks; the price is found by bisection, and what is left of the budget goes
-    to the ranks that gain most for their bytes.
+    `k_n` has the error `1 - prod(exp(-w_n (1 - k_n)^1.5)) (1 - q)`, with a larger `w_n` for the feature mode than for
+    positions, and `q` for the bits. For a price of a byte every layer has its own best ranks; the price is found by
+    bisection, and what is left of the budget goes to the ranks that gain most for their bytes.
 
     Args:
         model: a compressed model.
@@ -271,6 +284,7 @@ class _Candidate:
         if batch_size is not None and len(self.size) > 1:
             self.size[0] = batch_size
         fixed = choose_ranks(name, spectrum.eigenvalues, config) if _rule(name, len(self.size), config) else None
+        feature = 1 if hasattr(layer, "batched_dim") else len(self.size) - 1
         self.kept: list[np.ndarray[Any, Any]] = []
         self.allowed: list[np.ndarray[Any, Any]] = []
         for mode, eigenvalues in enumerate(spectrum.eigenvalues):
@@ -282,7 +296,7 @@ class _Candidate:
             values = eigenvalues.double().cpu().numpy()
             total = values.sum()
             fractions = np.cumsum(values) / total if total > 0 else np.ones(len(values))
-            self.kept.append(np.concatenate([[0.0], np.minimum(fractions, 1.0)]))
+            self.kept.append(cosine_kept(np.concatenate([[0.0], fractions]), mode == feature))
             ranks = {_limited(rank, len(values), config) for rank in range(1, len(values) + 1)}
             if fixed is not None:
                 ranks = {fixed[mode] or len(values)}
