@@ -35,8 +35,9 @@ $(COMPILED): $(INSTALLED) $(SOURCES)
 	LANCE_REQUIRE_EXT=1 PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
 	mkdir -p build && touch $@
 
+# Threads that wait in a spin starve the other test process.
 test: build
-	$(PY) -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ The one counter of held bytes, for the demo, the tests and the benchmarks.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -320,7 +321,7 @@ class _Step:
             torch.cuda.synchronize(device)
             return torch.cuda.max_memory_allocated(device) - before
         activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        with _quiet_profiler(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
             self.backward(self.forward())
         results = profiler.profiler.kineto_results
         events = [event for event in results.events() if event.name() == "[memory]"]
@@ -418,6 +419,19 @@ def _module_names(model: nn.Module) -> Iterator[list[str]]:
 
 def _drop(stack: list[str]) -> None:
     stack.pop()
+
+
+@contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """Keeps the profiler's library from writing its start and stop to stderr, unless the user chose a level."""
+    name = "KINETO_LOG_LEVEL"
+    was_chosen = name in os.environ
+    os.environ.setdefault(name, "99")
+    try:
+        yield
+    finally:
+        if not was_chosen:
+            del os.environ[name]
 
 
 @contextmanager
