@@ -198,8 +198,8 @@ def page(rows):
     lines = [
         "# Other people's models",
         "",
-        "Written by `python -m tests.other_models`; `tests/test_other_models.py` takes all but torchvision's (whose CUDA",
-        "wheel imports beside a CPU build by a trick only) through the same: `compress_` (forward bit for bit as",
+        "Written by `python -m tests.other_models`; `tests/test_other_models.py` takes all but torchvision's (whose",
+        "CUDA wheel imports beside a CPU build by a trick only) through the same: `compress_` (forward bit for bit as",
         "before), `calibrate`, ten steps each of SGD and AdamW, a state saved and loaded (the same gradients bit for",
         "bit), `revert_`. The models are small ones of their classes with random weights, which is the hardest case:",
         "random features have little low-rank structure. `LanceConfig()` throughout. Weights behind a zero one (LoRA's",

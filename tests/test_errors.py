@@ -1,0 +1,121 @@
+"""Every error and warning of docs/errors.md, raised."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lance_kernels as lance
+from lance_kernels.distributed import Ranks
+
+PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
+MESSAGES = re.findall(r"^\| `([^`]+)`", PAGE.read_text(), re.MULTILINE)
+
+
+def compressed(**config):
+    model = nn.Sequential(nn.Linear(6, 3))
+    lance.compress_(model, lance.LanceConfig(**config))
+    return model
+
+
+def calibrated(**config):
+    model = compressed(**config)
+    return model, lance.calibrate(model, [torch.randn(9, 6)], progress=False)
+
+
+def other_rank_failed():
+    ranks = Ranks()
+    ranks.together, ranks.count = True, 2
+    said = [(None, 0), ("OSError: disk gone", None)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.distributed, "all_gather_object", lambda into, mine, group: into.__setitem__(slice(None), said)
+        )
+        ranks.exchange(0)
+
+
+def uncalled():
+    model = nn.ModuleDict({"used": nn.Linear(6, 3), "idle": nn.Linear(6, 3)})
+    lance.compress_(model)
+    lance.calibrate(model, [torch.randn(2, 6)], forward_fn=lambda model, x: model["used"](x), progress=False)
+
+
+def foreign_calibration():
+    calibrated()[1].apply(nn.ModuleDict({"other": compressed()}))
+
+
+def damaged_calibration(folder):
+    (folder / "file").write_text("no")
+    lance.Calibration.load(folder / "file")
+
+
+def hostile_state():
+    model, _ = calibrated(energy=0.5)
+    model.load_state_dict({**model.state_dict(), "0.lance_factor_1of2": torch.zeros(6, 2)})
+
+
+def second_derivative():
+    model, _ = calibrated()
+    (grad,) = torch.autograd.grad(model(torch.randn(9, 6)).square().sum(), model[0].weight, create_graph=True)
+    grad.sum().backward()
+
+
+def twice():
+    lance.compress_(compressed())
+
+
+def once_only():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    lance.compress_(model)
+    lance.calibrate(model, iter([torch.randn(9, 6)]), max_bytes=1, progress=False)
+
+
+def batches(value=1.0):
+    return [torch.full((4, 6), value)]
+
+
+CASES = {
+    "LanceConfig: ": lambda: lance.LanceConfig(energy=2.0),
+    "rank_pattern gives ": lambda: calibrated(rank_pattern={"0": (1, 2, 3)}),
+    "compress_: model is a ": lambda: lance.compress_(3),
+    "compress_: config is a ": lambda: lance.compress_(nn.Linear(2, 2), 3),
+    "compress_: model has compressed layers already": twice,
+    "calibrate: model has no compressed layers": lambda: lance.calibrate(nn.Linear(6, 3), batches()),
+    "calibrate: max_bytes is ": lambda: lance.calibrate(compressed(), batches(), max_bytes=0),
+    "calibrate: loader gave no batch": lambda: lance.calibrate(compressed(), [], progress=False),
+    "calibrate: the Gram matrices of this model exceed max_bytes": once_only,
+    "calibrate: layer ": lambda: lance.calibrate(compressed(), batches(torch.nan), progress=False),
+    "calibrate: rank ": other_rank_failed,
+    "calibrate: no batch reached ": uncalled,
+    "Calibration.apply: model has no compressed layers ": foreign_calibration,
+    "Calibration.load: ": damaged_calibration,
+    "plan: ": lambda: calibrated(budget_bytes=1),
+    "track_drift: every is ": lambda: lance.track_drift(compressed(), 0),
+    "track_drift: model has no compressed layers": lambda: lance.track_drift(nn.Linear(6, 3)),
+    "drift: no layer is tracked": lambda: lance.drift(compressed()),
+    "RecalibrateOnDrift: threshold is ": lambda: lance.RecalibrateOnDrift(compressed(), [], threshold=2.0),
+    "lance_kernels: this state does not fit the model": hostile_state,
+    "plain_state_dict: dropped ": lambda: lance.plain_state_dict(calibrated()[0].state_dict()),
+    "lance_kernels: torch.func transforms": lambda: torch.func.vmap(calibrated()[0])(torch.randn(2, 9, 6)),
+    "lance::linear is differentiable once": second_derivative,
+    "lance::linear: ": lambda: lance.ops.linear(torch.randn(2, 6), torch.randn(3, 5), None, [None, None]),
+}
+
+
+def test_the_page_lists_what_is_raised():
+    assert list(CASES) == MESSAGES
+
+
+@pytest.mark.parametrize("message", CASES)
+def test_raises(message, tmp_path):
+    arguments = (tmp_path,) if message == "Calibration.load: " else ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises((ValueError, TypeError, RuntimeError, UserWarning), match=re.escape(message)) as caught:
+            CASES[message](*arguments)
+    assert str(caught.value).startswith(message)
