@@ -76,7 +76,7 @@ sanitize: $(INSTALLED)
 
 # Hypothesis with many more examples than `make test` draws.
 fuzz: build
-	HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -q -n $(JOBS) tests/csrc tests/ops $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -q -n $(JOBS) tests/csrc tests/ops tests/fuzz $(PYTEST_ARGS)
 
 aarch64: $(INSTALLED)
 	.ci/aarch64 $(PY)
