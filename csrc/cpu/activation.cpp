@@ -91,12 +91,13 @@ Tensor activation_grad(const Tensor& grad, const Tensor& codes, std::string kind
                       routines.apply_codes(grid, from, kept + index, to, count);
                       return;
                     }
-                    uint8_t single[block_size];
+                    uint8_t single[block_size + 1];
                     for (int64_t done = 0; done < count; done += block_size) {
                       const int64_t part = std::min(block_size, count - done);
                       const uint8_t* pairs = kept + (index + done) / 2;
-                      for (int64_t element = 0; element < part; ++element) {
-                        single[element] = pairs[element / 2] >> element % 2 * 4 & 15;
+                      for (int64_t pair = 0; pair < (part + 1) / 2; ++pair) {
+                        single[2 * pair] = pairs[pair] & 15;
+                        single[2 * pair + 1] = pairs[pair] >> 4;
                       }
                       routines.apply_codes(grid, from + done, single, to + done, part);
                     }

@@ -74,7 +74,11 @@ def apply_companions(
         elif (
             reason is None and (_has_own_forward(kind) or pairs[name]) and not (skip is not None and skip(module, name))
         ):
-            module.__class__ = with_companion_calls(kind, level)
+            try:
+                module.__class__ = with_companion_calls(kind, level)
+            except TypeError as error:
+                rows.append((name, kind.__name__, f"left alone, its class takes no subclass ({error})"))
+                continue
             if pairs[name]:
                 # A tuple: an attribute that is a module would become a child.
                 vars(module)["lance_pairs"] = pairs[name]
