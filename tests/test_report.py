@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,17 @@ def test_touches_nothing(training):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(torch.equal(p.grad, gradient) for p, gradient in zip(model.parameters(), gradients))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_leaves_no_graph_behind():
+    model = nn.Sequential(nn.Linear(10, 20), nn.Tanh(), nn.Linear(20, 5), nn.Tanh())
+    outputs = []
+    model[1].register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output)))
+    lance.report(model, torch.randn(7, 10), mean)
+    lance.held_bytes(model, torch.randn(7, 10), mean)
+    gc.collect()
+    assert outputs
+    assert all(reference() is None for reference in outputs)
 
 
 def test_prints_and_serialises():

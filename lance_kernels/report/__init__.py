@@ -308,6 +308,11 @@ class _Step:
             )
             for group in by_storage.values()
         ]
+        # The graph holds the hooks, the hooks the list, the list the tensors, the tensors the graph: a cycle in which
+        # Python's collector sees no end.
+        for saved in packed:
+            del saved.tensor
+        packed.clear()
         held.sort(key=lambda entry: -entry.bytes)
         return held, sum(entry.bytes for entry in held)
 
