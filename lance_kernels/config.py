@@ -22,8 +22,8 @@ class LanceConfig:
         core_bits: 8, 4 or 2 bits a value of the core; None keeps the dtype of the input.
         batch_mode: "keep" stores every sample's core; "fixed" compresses the batch mode too, as published.
         companions: which neighbours of the compressed layers are swapped for forms that hold less: "none", "exact"
-            (those whose gradient is exact), "quantized" (all) or "smallest" (all, derivatives in 4 bits, attention's
-            inputs computed again).
+            (those whose gradient is exact), "quantized" (all, in 8 bits) or "smallest" (all, derivatives of
+            activations in 4 bits).
         target_modules: patterns of the modules to compress; None for all.
         exclude_modules: patterns of the modules to leave alone, companions included.
         rank_pattern: by module pattern, an energy (float), a largest rank (int) or one rank or None a mode; the first

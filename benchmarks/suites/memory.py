@@ -101,7 +101,7 @@ def transformer_forms(exact: float | None, in_8_bits: float, smallest: float | N
     }
     if smallest is not None:
         config = lance.LanceConfig(companions="smallest")
-        forms["lance, 4-bit derivatives, q, k, v recomputed"] = Form(config, smallest)
+        forms["lance, 4-bit derivatives"] = Form(config, smallest)
     return forms
 
 
