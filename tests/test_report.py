@@ -135,6 +135,27 @@ def test_touches_nothing(training):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_measuring_computes_no_checkpointed_block_again():
+    calls = []
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(10, 40), nn.Tanh(), nn.Linear(40, 10))
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+        def inner(self, x):
+            calls.append(None)
+            return self.body(x)
+
+    model = nn.Sequential(nn.Linear(10, 10), Block(), nn.Tanh())
+    # The block's input and tanh's result; nothing from within the block.
+    assert lance.held_bytes(model, torch.randn(7, 10), mean) == 4 * 7 * (10 + 10)
+    assert len(calls) == 1
+
+
 def test_leaves_no_graph_behind():
     model = nn.Sequential(nn.Linear(10, 20), nn.Tanh(), nn.Linear(20, 5), nn.Tanh())
     outputs = []

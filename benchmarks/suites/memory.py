@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -42,13 +41,11 @@ class Form:
         config: how to compress; None leaves the layers plain.
         least: what plain over this form should be at least, or None.
         prepare: a change to the model, by which it holds less without being compressed.
-        context: entered around the forward pass.
     """
 
     config: lance.LanceConfig | None = None
     least: float | None = None
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model
-    context: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 def checkpoint_blocks(model: nn.Module) -> nn.Module:
@@ -84,7 +81,6 @@ def frozen_forms(at_32_bits: float, by_default: float, at_4_bits: float) -> dict
     """The forms of a convolution network whose batch norms are frozen."""
     return {
         "checkpointed by block": Form(prepare=checkpoint_blocks),
-        "save_on_cpu": Form(context=torch.autograd.graph.save_on_cpu),
         "published, no companions": Form(lance.LanceConfig.published(0.7)),
         OURS: Form(lance.LanceConfig(energy=0.7, core_bits=None), at_32_bits),
         DEFAULT: Form(lance.LanceConfig(), by_default),
@@ -184,8 +180,7 @@ def held_case(name: str, norms: str, forms: dict[str, Form], context: Context) -
             lance.compress_(model, form.config)
             lance.calibrate(model, [everything[count : 2 * count], everything[2 * count :]], progress=False)
         model = form.prepare(model)
-        with form.context():
-            held[method] = float(lance.held_bytes(model, images, loss))
+        held[method] = float(lance.held_bytes(model, images, loss))
         details[method] = {}
         if form.config is not None:
             cosines[method], counted = _compare(model, images, loss)

@@ -6,6 +6,7 @@ The one counter of held bytes, for the demo, the tests and the benchmarks.
 from __future__ import annotations
 
 import os
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ class Held:
 
     Attributes:
         module: name of the module in whose forward it was saved first; "" for the model itself.
-        operators: autograd nodes that hold it.
+        operators: autograd nodes that hold it; none for what a checkpoint keeps beside the graph.
         shape: shape of the tensor that was saved first.
         dtype: its dtype.
         bytes: size of the storage.
@@ -273,26 +274,24 @@ class _Step:
     def hold(self) -> tuple[list[Held], int]:
         own = (*self.model.parameters(), *self.model.buffers(), *tensors_in(self.sample))
         excluded = {tensor.untyped_storage().data_ptr() for tensor in own}
-        packed: list[_Saved] = []
-        current: list[str] = []
+        packed: list[weakref.ref[_Saved]] = []
 
         def pack(tensor: torch.Tensor) -> _Saved:
-            saved = _Saved(tensor, names[-1] if names else "")
-            packed.append(saved)
+            # Detached: a node that saved its own result would hold itself through it, and never be freed.
+            saved = _Saved(tensor.detach(), names[-1] if names else "")
+            packed.append(weakref.ref(saved))
             return saved
 
-        def unpack(saved: _Saved) -> torch.Tensor:
-            saved.operators.update(current)
-            return saved.tensor
-
-        with _module_names(self.model) as names, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with (
+            _module_names(self.model) as names,
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor),
+        ):
             loss = self.forward()
         for node in _graph(loss.grad_fn):
-            current[:] = [node.name()]
-            _touch_saved(node)
-        current.clear()
-        # Saved by a part of the graph that the forward pass itself dropped: no node reaches it any more.
-        alive = [saved for saved in packed if saved.operators]
+            for entry in _saved_by(node):
+                entry.operators.add(node.name())
+        # What the forward pass itself dropped is gone; checkpoints hold their inputs in nodes outside of the graph.
+        alive = [saved for reference in packed if (saved := reference()) is not None]
         by_storage: dict[int, list[_Saved]] = defaultdict(list)
         for saved in alive:
             pointer = saved.tensor.untyped_storage().data_ptr()
@@ -308,11 +307,6 @@ class _Step:
             )
             for group in by_storage.values()
         ]
-        # The graph holds the hooks, the hooks the list, the list the tensors, the tensors the graph: a cycle in which
-        # Python's collector sees no end.
-        for saved in packed:
-            del saved.tensor
-        packed.clear()
         held.sort(key=lambda entry: -entry.bytes)
         return held, sum(entry.bytes for entry in held)
 
@@ -398,13 +392,15 @@ def _graph(root: Any) -> Iterator[Any]:
         waiting.extend(following for following, _ in node.next_functions)
 
 
-def _touch_saved(node: Any) -> None:
-    """Reads what a node saved, so that the unpack hook sees it."""
+def _saved_by(node: Any) -> Iterator[_Saved]:
+    """What a node holds, without unpacking it: another hook's unpacking may compute a whole block again."""
     for attribute in dir(node):
-        if attribute.startswith("_saved_"):
-            getattr(node, attribute)
-    if hasattr(node, "saved_tensors"):
-        _ = node.saved_tensors
+        if attribute.startswith("_raw_saved_"):
+            entries = getattr(node, attribute)
+            for entry in entries if isinstance(entries, list | tuple) else [entries]:
+                kept = entry.data if entry is not None else None
+                if isinstance(kept, _Saved):
+                    yield kept
 
 
 @contextmanager
