@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,11 @@ class Spectrum:
     eigenvalues: list[torch.Tensor | None]
     eigenvectors: list[torch.Tensor | None]
     varied: tuple[int, ...] = ()
+
+    def factors(self, ranks: Sequence[int | None]) -> list[torch.Tensor | None]:
+        """The leading eigenvectors, `(size_n, rank_n)`, of every mode; None where the mode or its rank is."""
+        pairs = zip(self.eigenvectors, ranks)
+        return [None if vectors is None or rank is None else vectors[:, :rank] for vectors, rank in pairs]
 
 
 @dataclass
@@ -87,10 +92,7 @@ class Calibration:
         for name, spectrum in self.layers.items():
             chosen[name] = choose_ranks(name, spectrum.eigenvalues, rules[name])
         for name, ranks in chosen.items():
-            pairs = zip(self.layers[name].eigenvectors, ranks)
-            layers[name].set_factors(
-                [None if vectors is None or rank is None else vectors[:, :rank] for vectors, rank in pairs]
-            )
+            layers[name].set_factors(self.layers[name].factors(ranks))
         share_factors(model, self.shared)
         return chosen
 

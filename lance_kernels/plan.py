@@ -172,11 +172,8 @@ class Plan:
         if missing:
             raise ValueError(f"Plan.apply: model or calibration has no layers {missing}; planned for another model?")
         for name, planned in self.layers.items():
-            pairs = zip(calibration.layers[name].eigenvectors, planned.ranks)
             layers[name].lance_core_bits = planned.core_bits or 0
-            layers[name].set_factors(
-                [None if vectors is None or rank is None else vectors[:, :rank] for vectors, rank in pairs]
-            )
+            layers[name].set_factors(calibration.layers[name].factors(planned.ranks))
         share_factors(model, calibration.shared)
 
     def to_dict(self) -> dict[str, Any]:
