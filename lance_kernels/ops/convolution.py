@@ -245,10 +245,7 @@ class _Convolution(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, *[None] * len(factors)
 
 
-def _convolution_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+def split_numbers(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -256,69 +253,60 @@ def _convolution_reference(
     factors: Factors,
     core_bits: int = 0,
     padding_mode: str = "zeros",
+) -> tuple[Geometry, Factors, int]:
+    """Geometry, factors and bits of the core from what follows the tensors in a call of `lance::convolution`."""
+    return Geometry(stride, padding, dilation, groups, padding_mode), factors, core_bits
+
+
+def _convolution_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *numbers: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
-    return _forward(x, weight, bias, geometry, factors, core_bits)
+    return _forward(x, weight, bias, *split_numbers(*numbers))
 
 
 def _convolution_fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    factors: Factors,
-    core_bits: int = 0,
-    padding_mode: str = "zeros",
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *numbers: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    geometry, factors, core_bits = split_numbers(*numbers)
     # Forwarding to the library's fake convolution gives its strides.
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
     return _product(x, weight, bias, geometry, factors), fake_core(x, factors, core_bits)
 
 
 def _convolution_autograd(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    factors: Factors,
-    core_bits: int = 0,
-    padding_mode: str = "zeros",
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *numbers: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    geometry, factors, core_bits = split_numbers(*numbers)
     y, core = apply(_Convolution, x, weight, bias, geometry, core_bits, *factors)
     return y, core
 
 
 def _convolution_autocast(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *args: Any
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *numbers: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x, weight, bias = autocast_arguments(x, weight, bias)
     with without_autocast():
-        y, core = torch.ops.lance.convolution(x, weight, bias, *args)
+        y, core = torch.ops.lance.convolution(x, weight, bias, *numbers)
     return y, core
+
+
+def product_flops(
+    x_shape: Sequence[int], weight_shape: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs: Any
+) -> int:
+    """Floating point operations of the convolution alone."""
+    return int(conv_flop_count(list(x_shape), list(weight_shape), list(out_shape), transposed=False))
 
 
 def _convolution_flops(
     x_shape: Sequence[int],
     weight_shape: Sequence[int],
     bias_shape: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    factor_shapes: Sequence[Sequence[int] | None],
-    *args: Any,
+    *numbers: Any,
     out_shape: Sequence[Any],
     **kwargs: Any,
 ) -> int:
-    product = conv_flop_count(list(x_shape), list(weight_shape), list(out_shape[0]), transposed=False)
-    return int(product) + mode_product_flops(x_shape, ranks_of(factor_shapes, side=1))
+    factor_shapes = numbers[4]
+    product = product_flops(x_shape, weight_shape, out_shape=out_shape[0])
+    return product + mode_product_flops(x_shape, ranks_of(factor_shapes, side=1))
 
 
 define(

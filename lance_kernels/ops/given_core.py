@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lance_kernels.ops._checks import check, factors_require_grad
 from lance_kernels.ops._registry import apply, autocast_arguments, define, without_autocast
-from lance_kernels.ops.convolution import Geometry, _Convolution, _convolution_flops, _product
+from lance_kernels.ops.convolution import Geometry, _Convolution, _product, product_flops, split_numbers
 from lance_kernels.ops.linear import _check_linear, _Linear, _linear_flops, core_size
 from lance_kernels.ops.pack_core import packed_bytes
 from lance_kernels.ops.tucker import Factors
@@ -179,22 +179,18 @@ def _linear_given_core_flops(x_shape: Sequence[int], weight_shape: Sequence[int]
     return _linear_flops(x_shape, weight_shape, None, [None] * len(x_shape))
 
 
+def _split(*numbers: Any) -> tuple[torch.Tensor, tuple[Geometry, Factors, int]]:
+    """The core, and the rest as `lance::convolution` has it."""
+    return numbers[4], split_numbers(*numbers[:4], *numbers[5:])
+
+
 def _convolution_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    core: torch.Tensor,
-    factors: Factors,
-    core_bits: int = 0,
-    padding_mode: str = "zeros",
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *numbers: Any
 ) -> torch.Tensor:
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    core, (geometry, factors, core_bits) = _split(*numbers)
+    y = _product(x, weight, bias, geometry, factors)
     _check_core("convolution_given_core", x, core, factors, core_bits)
-    return _product(x, weight, bias, geometry, factors)
+    return y
 
 
 class _ConvolutionGivenCore(torch.autograd.Function):
@@ -210,8 +206,8 @@ class _ConvolutionGivenCore(torch.autograd.Function):
         *factors: torch.Tensor | None,
     ) -> torch.Tensor:
         check(not factors_require_grad(factors), "lance::convolution_given_core: factors require a gradient")
-        _check_core("convolution_given_core", x, core, factors, core_bits)
         y = _product(x, weight, bias, geometry, factors)
+        _check_core("convolution_given_core", x, core, factors, core_bits)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(core if needs_weight else None, weight if needs_x else None, *factors)
         ctx.geometry, ctx.core_bits, ctx.core_size, ctx.dtype = geometry, core_bits, core_size(x, factors), x.dtype
@@ -225,53 +221,20 @@ class _ConvolutionGivenCore(torch.autograd.Function):
 
 
 def _convolution_autograd(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    core: torch.Tensor,
-    factors: Factors,
-    core_bits: int = 0,
-    padding_mode: str = "zeros",
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *numbers: Any
 ) -> torch.Tensor:
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    core, (geometry, factors, core_bits) = _split(*numbers)
     y: torch.Tensor = apply(_ConvolutionGivenCore, x, weight, bias, geometry, core_bits, core, *factors)
     return y
 
 
-def _convolution_autocast(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *args: Any) -> torch.Tensor:
+def _convolution_autocast(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *numbers: Any
+) -> torch.Tensor:
     x, weight, bias = autocast_arguments(x, weight, bias)
     with without_autocast():
-        y: torch.Tensor = torch.ops.lance.convolution_given_core(x, weight, bias, *args)
+        y: torch.Tensor = torch.ops.lance.convolution_given_core(x, weight, bias, *numbers)
     return y
-
-
-def _convolution_given_core_flops(
-    x_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    bias_shape: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    *args: Any,
-    out_shape: Sequence[Any],
-    **kwargs: Any,
-) -> int:
-    return _convolution_flops(
-        x_shape,
-        weight_shape,
-        bias_shape,
-        stride,
-        padding,
-        dilation,
-        groups,
-        [None] * len(x_shape),
-        out_shape=[out_shape],
-    )
 
 
 define(
@@ -290,5 +253,5 @@ define(
     fake=_convolution_reference,
     autograd=_convolution_autograd,
     autocast=_convolution_autocast,
-    flops=_convolution_given_core_flops,
+    flops=product_flops,
 )
