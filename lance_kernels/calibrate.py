@@ -65,11 +65,11 @@ class Calibration:
     shared: dict[str, str] = field(default_factory=dict)
 
     def apply(self, model: nn.Module, config: LanceConfig | None = None) -> dict[str, list[int | None]]:
-        """Gives the model's layers factors of ranks chosen from these spectra.
+        """Gives the model's layers factors of ranks chosen from these spectra, and the bits of their cores.
 
         Args:
             model: a compressed model with these layers.
-            config: how ranks are chosen; None takes each layer's own, from `compress_`.
+            config: how ranks and bits are chosen; None takes each layer's own, from `compress_`.
 
         Returns:
             The ranks by layer; None for a mode that is kept.
@@ -93,6 +93,7 @@ class Calibration:
             chosen[name] = choose_ranks(name, spectrum.eigenvalues, rules[name])
         for name, ranks in chosen.items():
             layers[name].set_factors(self.layers[name].factors(ranks))
+            layers[name].lance_core_bits = rules[name].core_bits or 0
         share_factors(model, self.shared)
         return chosen
 

@@ -192,6 +192,18 @@ def test_other_ranks_without_the_data(tmp_path):
         lance.Calibration.load(tmp_path / "other.pt")
 
 
+def test_applying_without_a_budget_forgets_the_bits_of_an_earlier_plan():
+    model = compressed(nn.Sequential(nn.Linear(6, 3)), energy=0.5, core_bits=8)
+    found = calibrated(model, [torch.randn(20, 6)])
+    assert model[0].lance_core_bits == 8
+    found.apply(model, lance.LanceConfig(budget_bytes=40, core_bits=4))
+    assert model[0].lance_core_bits == 2
+    found.apply(model)
+    assert model[0].lance_core_bits == 8
+    found.apply(model, lance.LanceConfig(core_bits=None))
+    assert model[0].lance_core_bits == 0
+
+
 @pytest.mark.parametrize("size", [(2, 3, 8, 8), (3, 8, 8)])
 def test_unbatched_convolution_inputs(size):
     model = compressed(nn.Sequential(nn.Conv2d(3, 4, 3)), energy=0.5)
