@@ -98,6 +98,28 @@ def test_float64_that_keeps_all_energy_is_exact_to_its_rounding():
         assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("core_bits", [4, None])
+@pytest.mark.parametrize("shared", [False, True])
+def test_cores_of_large_float16_inputs_stay_finite(core_bits, shared):
+    """Projecting an image of the values 0 to 255 gives coefficients of 255 times the root of its size."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 5, stride=2))
+    lance.compress_(model, lance.LanceConfig(core_bits=core_bits, energy=0.999))
+    x = torch.tensor([255.0, 200.0]).view(2, 1, 1, 1) - torch.rand(2, 3, 224, 224)
+
+    def run(x):
+        return [layer(x) for layer in (model if shared else model[:1])]
+
+    found = lance.calibrate(model if shared else model[0], [x], forward_fn=lambda _, x: run(x), progress=False)
+    assert bool(found.shared) == shared
+    model.half()
+    with lance.exact(model):
+        expected = torch.autograd.grad([y.float().mean() for y in run(x.half())], list(model[0].parameters()))
+    actual = torch.autograd.grad([y.float().mean() for y in run(x.half())], list(model[0].parameters()))
+    for mine, dense in zip(actual, expected):
+        assert mine.isfinite().all()
+        assert cosine(mine, dense) > 0.99
+
+
 def test_grad_scaler_skips_what_overflows_and_trains_on():
     model, (x, labels) = prepared(), data()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

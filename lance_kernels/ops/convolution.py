@@ -11,7 +11,7 @@ from torch.utils.flop_counter import conv_flop_count
 from lance_kernels.ops._checks import check, check_factors, check_same, factors_require_grad
 from lance_kernels.ops._padding import MODES, pad_pairs, pad_spatial, unpad_spatial_grad
 from lance_kernels.ops._registry import apply, autocast_arguments, define, once_differentiable, without_autocast
-from lance_kernels.ops.linear import core_size, fake_core, keep_core
+from lance_kernels.ops.linear import core_size, fake_core, keep_core, kept_factors
 from lance_kernels.ops.tucker import Factors, mode_product_flops, ranks_of
 
 
@@ -52,9 +52,10 @@ def convolution(
         padding_mode: "zeros", "reflect", "replicate" or "circular".
 
     Returns:
-        `y`, `(B, O, *S')`, exactly PyTorch's, and the core (the packed buffer with `core_bits`). `y` is differentiable
-        once in `x`, `weight` and `bias`; the core carries no gradient. Kept for the backward pass: the core when
-        `weight` needs a gradient, `weight` when `x` does, the factors.
+        `y`, `(B, O, *S')`, exactly PyTorch's, and the core (the packed buffer with `core_bits`; in float16 divided by a
+        power of two that keeps it finite, see `kept_factors`). `y` is differentiable once in `x`, `weight` and `bias`;
+        the core carries no gradient. Kept for the backward pass: the core when `weight` needs a gradient, `weight` when
+        `x` does, the factors.
 
     Raises:
         RuntimeError: shapes, dtypes, devices or numbers do not fit, a factor requires a gradient, or a second
@@ -237,8 +238,9 @@ class _Convolution(torch.autograd.Function):
             if needs_weight:
                 if ctx.core_bits:
                     core = torch.ops.lance.unpack_core(core, ctx.core_size, ctx.core_bits, ctx.dtype)
+                expanding = kept_factors(factors, ctx.dtype, expand=True)
                 grad_weight = torch.ops.lance.convolution_weight_grad(
-                    grad_output, core, factors, ctx.weight_size, *ctx.geometry
+                    grad_output, core, expanding, ctx.weight_size, *ctx.geometry
                 )
             if needs_bias:
                 grad_bias = grad_output.sum(dim=[0, *range(2, grad_output.dim())])

@@ -44,9 +44,10 @@ def linear(
         core_bits: 0 keeps the core in the dtype of `x`; 8, 4 or 2 keep what `pack_core` makes of it.
 
     Returns:
-        `y`, `(..., O)`, exactly `torch.nn.functional.linear`'s, and the core (the packed buffer with `core_bits`).
-        `y` is differentiable once in `x`, `weight` and `bias`; the core carries no gradient. Kept for the backward
-        pass: the core when `weight` needs a gradient, `weight` when `x` does, the factors.
+        `y`, `(..., O)`, exactly `torch.nn.functional.linear`'s, and the core (the packed buffer with `core_bits`; in
+        float16 divided by a power of two that keeps it finite, see `kept_factors`). `y` is differentiable once in `x`,
+        `weight` and `bias`; the core carries no gradient. Kept for the backward pass: the core when `weight` needs a
+        gradient, `weight` when `x` does, the factors.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit, a factor requires a gradient, or a second derivative is
@@ -88,9 +89,29 @@ def _check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     check_same("linear", x, (("weight", weight), ("bias", bias)))
 
 
+def kept_factors(factors: Factors, dtype: torch.dtype, expand: bool = False) -> list[torch.Tensor | None]:
+    """The factors that a kept core is made with, or expanded with; in float16 not the layer's own.
+
+    Orthonormal columns of `size` entries can make a core `sqrt(size)` times larger than the input, beyond float16's
+    65504. There each factor is divided by a power of two of at least that, and multiplied by it to expand.
+
+    Args:
+        factors: one `(size, rank)` matrix or None a mode of the input.
+        dtype: the input's.
+        expand: for `linear_weight_grad` and `convolution_weight_grad`.
+    """
+    if dtype != torch.float16:
+        return list(factors)
+    scales = [1 if factor is None else 2.0 ** math.ceil(math.log2(max(factor.shape[0], 1)) / 2) for factor in factors]
+    return [
+        None if factor is None else factor.float() * (scale if expand else 1 / scale)
+        for factor, scale in zip(factors, scales)
+    ]
+
+
 def keep_core(x: torch.Tensor, factors: Factors, core_bits: int) -> torch.Tensor:
-    """The core of `x`, packed when `core_bits` is not 0."""
-    core: torch.Tensor = torch.ops.lance.tucker_project(x, list(factors))
+    """The core of `x` by its `kept_factors`, packed when `core_bits` is not 0."""
+    core: torch.Tensor = torch.ops.lance.tucker_project(x, kept_factors(factors, x.dtype))
     return torch.ops.lance.pack_core(core, core_bits) if core_bits else core
 
 
@@ -150,7 +171,8 @@ class _Linear(torch.autograd.Function):
             if needs_weight:
                 if ctx.core_bits:
                     core = torch.ops.lance.unpack_core(core, ctx.core_size, ctx.core_bits, ctx.dtype)
-                grad_weight = torch.ops.lance.linear_weight_grad(grad_output, core, factors)
+                expanding = kept_factors(factors, ctx.dtype, expand=True)
+                grad_weight = torch.ops.lance.linear_weight_grad(grad_output, core, expanding)
             if needs_bias:
                 grad_bias = grad_output.flatten(0, -2).sum(dim=0) if grad_output.dim() > 1 else grad_output
         return grad_x, grad_weight, grad_bias, None, *[None] * len(factors)
