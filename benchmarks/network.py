@@ -81,13 +81,13 @@ def freeze_for_fine_tuning(model: ResidualNetwork, layers: str) -> list[str]:
 
     Args:
         model: the network.
-        layers: `last4`, the last four convolutions, or `all`.
+        layers: `last4` or `last2`, the last four or two convolutions, or `all`.
 
     Returns:
         Names of the trainable convolutions.
     """
     names = convolutions(model)
-    chosen = names if layers == "all" else names[-4:]
+    chosen = names if layers == "all" else names[-int(layers.removeprefix("last")) :]
     model.requires_grad_(False)
     model.head.requires_grad_(True)
     for name in chosen:

@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
-from torch.utils.checkpoint import checkpoint
 
 import lance_kernels as lance
 from benchmarks.data import load
+from benchmarks.methods.recompute import checkpoint_blocks, compile_with_budget
 from benchmarks.models import MODELS, Classifier, frozen_norms, natural_images
 from benchmarks.registry import Context, Suite, register
 from benchmarks.results import Row, make_rows
@@ -46,31 +46,6 @@ class Form:
     config: lance.LanceConfig | None = None
     least: float | None = None
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model
-
-
-def checkpoint_blocks(model: nn.Module) -> nn.Module:
-    """Recomputes every block: the modules of a list of modules, or of a sequence of residual layers."""
-    blocks = [
-        block
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
-        for block in module
-        if any(True for _ in block.children()) and not isinstance(block, nn.ModuleList)
-    ]
-    nested = {id(inner) for block in blocks for inner in block.modules() if inner is not block}
-    for block in blocks:
-        if id(block) not in nested:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    return model
-
-
-def compile_with_budget(model: nn.Module) -> nn.Module:
-    """Compiles with half of the activations' memory as the budget of the partitioner."""
-    import torch._functorch.config as settings
-
-    settings.activation_memory_budget = 0.5
-    torch._dynamo.reset()
-    return torch.compile(model)
 
 
 OURS = "lance, exact companions, energy 0.7, 32 bits"
