@@ -1,6 +1,6 @@
 """Low-rank activation compression for PyTorch: exact forward, weight gradients from small Tucker cores."""
 
-from lance_kernels import nn, ops
+from lance_kernels import continual, nn, ops
 from lance_kernels._extension import build_info
 from lance_kernels.calibrate import Calibration, calibrate
 from lance_kernels.config import LanceConfig
@@ -21,6 +21,7 @@ __all__ = [
     "build_info",
     "calibrate",
     "compress_",
+    "continual",
     "drift",
     "exact",
     "held_bytes",

@@ -13,6 +13,8 @@ from lance_kernels.ops.mask import hardtanh, hardtanh_, leaky_relu, leaky_relu_,
 from lance_kernels.ops.mode_gram import gram_eigh, mode_gram, mode_grams_
 from lance_kernels.ops.norm import batch_norm, group_norm, layer_norm, rms_norm
 from lance_kernels.ops.pack_core import pack_core, unpack_core
+from lance_kernels.ops.patch import patch_gram_, patch_project, patch_weight_grad
+from lance_kernels.ops.patch_convolution import patch_convolution
 from lance_kernels.ops.pooling import MAX_WINDOW, adaptive_avg_pool, avg_pool, max_pool
 from lance_kernels.ops.quantize_rows import dequantize_rows, quantize_rows
 from lance_kernels.ops.tucker import tucker_project, tucker_reconstruct
@@ -48,6 +50,10 @@ __all__ = [
     "mode_gram",
     "mode_grams_",
     "pack_core",
+    "patch_convolution",
+    "patch_gram_",
+    "patch_project",
+    "patch_weight_grad",
     "quantize_rows",
     "relu",
     "relu_",

@@ -1,0 +1,5 @@
+"""Continual learning: tasks in orthogonal subspaces, with compressed activations from the first task on."""
+
+from lance_kernels.continual.learner import Capacity, LayerMemory, LearnerSummary, Memory, NullSpaceLearner
+
+__all__ = ["Capacity", "LayerMemory", "LearnerSummary", "Memory", "NullSpaceLearner"]

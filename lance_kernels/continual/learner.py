@@ -1,0 +1,499 @@
+"""Learning tasks one after the other in orthogonal subspaces: `NullSpaceLearner`."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from lance_kernels.config import LanceConfig, matches
+from lance_kernels.continual.gather import Found, Gatherer, next_rank, protected_directions
+from lance_kernels.continual.layers import PatchConvolution, PatchFactors, keep_patches_
+from lance_kernels.continual.policy import After, Policy
+from lance_kernels.continual.protection import Protection
+from lance_kernels.convert import Summary, compress_, compressed_layers, revert_
+from lance_kernels.nn._compressed import CompressedLayer
+from lance_kernels.nn._state import absolute_name
+from lance_kernels.ops._checks import FLOATING
+from lance_kernels.state import atomic_save, share_factors
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How much of one layer's input is taken.
+
+    Attributes:
+        size: directions in all, of all groups.
+        used: directions that are protected.
+        free: directions that later tasks may use.
+        next_rank: directions that the present task trains, or a next one like the last would; at most `free`.
+        full: nothing is free: the weight is frozen.
+    """
+
+    size: int
+    used: int
+    free: int
+    next_rank: int
+    full: bool
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes that tasks leave behind in one layer.
+
+    Attributes:
+        basis: packed protected directions.
+        product: the weight's value on them.
+        probes: random combinations by which a change of that value is noticed.
+    """
+
+    basis: int
+    product: int
+    probes: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.basis + self.product + self.probes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that tasks leave behind.
+
+    Attributes:
+        layers: by layer name.
+    """
+
+    layers: dict[str, LayerMemory]
+
+    @property
+    def basis(self) -> int:
+        """Packed protected directions of all layers."""
+        return sum(layer.basis for layer in self.layers.values())
+
+    @property
+    def product(self) -> int:
+        """Remembered products of all layers."""
+        return sum(layer.product for layer in self.layers.values())
+
+    @property
+    def probes(self) -> int:
+        """Probes of all layers."""
+        return sum(layer.probes for layer in self.layers.values())
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return sum(layer.total for layer in self.layers.values())
+
+
+@dataclass
+class LearnerSummary:
+    """What a learner protects, and what happens to the rest.
+
+    Attributes:
+        tasks: tasks that have ended.
+        capacity: by protected layer.
+        policy: by kind of parameter, and for running statistics.
+        compression: what `compress_` did.
+    """
+
+    tasks: int
+    capacity: dict[str, Capacity]
+    policy: dict[str, str]
+    compression: Summary = field(default_factory=Summary)
+
+    def __str__(self) -> str:
+        lines = [f"{self.tasks} tasks ended, {len(self.capacity)} layers protected"]
+        for name, layer in self.capacity.items():
+            state = "full, frozen" if layer.full else f"next task: {layer.next_rank}"
+            lines.append(f"  {name or '(root)'}: {layer.used} of {layer.size} directions used, {state}")
+        lines += [f"  {kind}: {what}" for kind, what in self.policy.items()]
+        lines += [f"  {name or '(root)'}: not protected, {reason}" for name, reason in self.compression.left.items()]
+        return "\n".join(lines)
+
+
+class NullSpaceLearner:
+    """Trains tasks one after the other so that later ones leave alone what earlier ones use.
+
+    The model's linear and convolution layers keep cores of their inputs from the first task on (`compress_`). At the
+    end of a task, the directions that carry a share of the energy of every layer's input are protected (features of a
+    linear layer, patches of a convolution). The cores of later tasks hold only what is free of these, so weight
+    gradients are orthogonal to them; and after every optimizer step, a weight that has moved along a protected
+    direction all the same (by momentum, Adam's scaling, weight decay) is brought back. Outputs of the forward pass are
+    exact.
+
+    Args:
+        model: a plain model; changed in place. A `DistributedDataParallel` wrapper is looked through.
+        optimizer: trains the model; any of `torch.optim`.
+        energy: share of a task's energy that the protected directions carry, in (0, 1].
+        config: how far inputs are compressed; `LanceConfig()` by default.
+        heads: patterns of modules that belong to one task each; their weights are not protected.
+        after_first_task: "freeze" takes biases, norms, embeddings and all else that no null space protects out of
+            training once the first task has ended, keeps running statistics, and freezes a head after the first task
+            that trains it; "train" trains them in every task.
+        max_batches: batches of a loader that are looked at; None for all.
+        basis_dtype: dtype of the stored directions; narrower than float32 they take less and are protected less well.
+        basis_device: device of the stored directions and remembered products; None for that of the weights.
+        progress: show progress bars.
+
+    Raises:
+        TypeError: `model`, `optimizer` or `config` is something else.
+        ValueError: another argument is out of its range, or the model is compressed already, has no layer to protect
+            or is tensor parallel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        energy: float = 0.97,
+        *,
+        config: LanceConfig | None = None,
+        heads: Sequence[str] = (),
+        after_first_task: After = "freeze",
+        max_batches: int | None = 50,
+        basis_dtype: torch.dtype = torch.float32,
+        basis_device: torch.device | str | None = None,
+        progress: bool = True,
+    ) -> None:
+        config = LanceConfig() if config is None else config
+        _check_arguments(optimizer, energy, config, heads, after_first_task, max_batches, basis_dtype)
+        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        self.optimizer, self.energy = optimizer, energy
+        self.max_batches, self.progress = max_batches, progress
+        self.tasks = 0
+        self.in_task = False
+        self._closed = False
+        self._compression = compress_(self.model, config)
+        self.policy = Policy(self.model, heads, after_first_task)
+        self._layers = dict(compressed_layers(self.model))
+        self._protected: dict[str, Protection] = {}
+        self._next_rank: dict[str, int] = {}
+        self._handles: dict[str, RemovableHandle] = {}
+        device = None if basis_device is None else torch.device(basis_device)
+        shared = _shared_weights(self.model)
+        for name, layer in self._layers.items():
+            if matches(name, heads):
+                self._compression.left[name] = "a head"
+            elif id(layer.weight) in shared:
+                self._compression.left[name] = "its weight is used elsewhere too"
+            elif type(layer.weight).__name__ == "DTensor":
+                revert_(self.model)
+                raise ValueError(f"NullSpaceLearner: the weight of {name!r} is a DTensor; expected a local tensor")
+            else:
+                keep_patches_(layer)
+                self._protected[name] = Protection(layer, basis_dtype, device)
+                self._next_rank[name] = layer.weight[0].numel() * self._protected[name].groups
+        if not self._protected:
+            revert_(self.model)
+            raise ValueError("NullSpaceLearner: model has no trainable linear or convolution layer to protect")
+        self._step_handle = optimizer.register_step_post_hook(self._after_step)
+
+    def begin_task(self, loader: Iterable[Any]) -> None:
+        """Finds the factors with which a new task's inputs are compressed, free of what is protected.
+
+        Under `torch.distributed`, every rank calls this with its share of the data.
+
+        Args:
+            loader: the task's batches, as for `calibrate`; iterated up to twice (of an iterator, `max_batches` are kept).
+
+        Raises:
+            RuntimeError: a task has begun already, the learner is closed, or an input holds NaN or infinity.
+            ValueError: the loader gave no batch.
+        """
+        self._check_open()
+        if self.in_task:
+            raise RuntimeError("NullSpaceLearner.begin_task: a task has begun; call end_task first")
+        self._freeze_full()
+        full = {name for name, protection in self._protected.items() if protection.full}
+        layers = {name: layer for name, layer in self._layers.items() if name not in full}
+        protected = {name: protection for name, protection in self._protected.items() if name not in full}
+        found = self._gatherer(loader).factors(layers, protected)
+        for layer in self._layers.values():
+            layer.lance_clear_factors()
+        for name, factors in found.tucker.items():
+            layers[name].set_factors(factors)
+        for name, patch in found.patches.items():
+            layer = layers[name]
+            assert isinstance(layer, PatchConvolution)
+            layer.set_patch_factors(patch)
+        share_factors(self.model, {n: o for n, o in found.shared.items() if not {n, o} & set(found.patches)})
+        self._set_next_ranks(found)
+        unreached = [name for name in found.uncalled if name in protected]
+        if unreached:
+            warnings.warn(
+                f"NullSpaceLearner: no batch reached {', '.join(unreached)}; these layers stay plain in this task",
+                stacklevel=2,
+            )
+        self._remember()
+        self.in_task = True
+
+    def end_task(self, loader: Iterable[Any]) -> None:
+        """Protects what the task that was trained uses of every layer's input.
+
+        Args:
+            loader: the task's batches, as for `begin_task`.
+
+        Raises:
+            RuntimeError: no task has begun, the learner is closed, or an input holds NaN or infinity.
+            ValueError: the loader gave no batch.
+        """
+        self._check_open()
+        if not self.in_task:
+            raise RuntimeError("NullSpaceLearner.end_task: no task has begun; call begin_task first")
+        layers = {name: p.layer for name, p in self._protected.items() if not p.full}
+        grams = self._gatherer(loader).features(layers)
+        for name, gram in grams.items():
+            basis = self._protected[name].basis
+            basis.add(protected_directions(gram, basis, self.energy, name))
+            self._next_rank[name] = next_rank(gram, basis, layers[name], name)
+        for layer in self._layers.values():
+            layer.lance_clear_factors()
+        self.tasks += 1
+        self.in_task = False
+        self._freeze_full()
+        self.policy.end_task(self._weights())
+        self._remember()
+
+    def capacity(self) -> dict[str, Capacity]:
+        """How much of each protected layer's input is used and free, by layer name."""
+        return {
+            name: Capacity(
+                size=protection.groups * protection.size,
+                used=protection.basis.used,
+                free=protection.basis.free,
+                next_rank=min(self._next_rank[name], protection.basis.free),
+                full=protection.full,
+            )
+            for name, protection in self._protected.items()
+        }
+
+    def memory(self) -> Memory:
+        """Bytes that the tasks so far have left behind, by layer and in all."""
+        return Memory({name: LayerMemory(*p.stored_bytes()) for name, p in self._protected.items()})
+
+    def summary(self) -> LearnerSummary:
+        """What is protected, and the policy for everything else; `print` shows it."""
+        return LearnerSummary(self.tasks, self.capacity(), self.policy.describe(self._weights()), self._compression)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the model's and the optimizer's own states, as plain values and tensors."""
+        names = {layer: name for name, layer in self._layers.items()}
+        return {
+            "format": FORMAT,
+            "tasks": self.tasks,
+            "in_task": self.in_task,
+            "next_rank": dict(self._next_rank),
+            "policy": self.policy.state_dict(),
+            "protected": {name: protection.state_dict() for name, protection in self._protected.items()},
+            "factors": {
+                name: _factors_state(layer, names) for name, layer in self._layers.items() if layer.is_calibrated
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another learner of the same model and arguments was; the model's own state is loaded beside it.
+
+        Args:
+            state: what `state_dict` gave.
+
+        Raises:
+            ValueError: the state is of another format, or does not fit the model.
+            RuntimeError: the learner is closed.
+        """
+        self._check_open()
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise ValueError(f"NullSpaceLearner.load_state_dict: state is no learner's of format {FORMAT}")
+        missing = sorted(set(state["protected"]) ^ set(self._protected))
+        if missing:
+            raise ValueError(
+                f"NullSpaceLearner.load_state_dict: layers {missing} are protected in the state or in the model, not "
+                "in both"
+            )
+        for name, protection in self._protected.items():
+            try:
+                protection.load_state_dict(state["protected"][name])
+            except ValueError as error:
+                raise ValueError(f"NullSpaceLearner.load_state_dict: layer {name!r}: {error}") from error
+        self.policy.load_state_dict(state["policy"])
+        self.tasks, self.in_task = int(state["tasks"]), bool(state["in_task"])
+        self._next_rank = dict(state["next_rank"])
+        for layer in self._layers.values():
+            layer.lance_clear_factors()
+        for name, factors in state["factors"].items():
+            _set_factors(self._layers[name], factors)
+        for name, factors in state["factors"].items():
+            if factors["owner"]:
+                self._layers[name].lance_use_factors_of(self._owner(name, factors["owner"]), factors["owner"])
+        self._hook_gradients()
+
+    def save(self, path: str | Path) -> None:
+        """Writes `state_dict` to a file; one that is there stays whole until the new one is complete."""
+        atomic_save(self.state_dict(), path)
+
+    def load(self, path: str | Path) -> None:
+        """Takes what `save` wrote, without running code from the file.
+
+        Raises:
+            ValueError: the file is damaged, no learner's, or does not fit.
+        """
+        try:
+            state = torch.load(path, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"NullSpaceLearner.load: {path} is damaged or no learner's state ({reason})") from error
+        self.load_state_dict(state)
+
+    def close(self) -> None:
+        """Removes every hook and leaves a plain model in which all is trainable that was before; cannot be undone."""
+        if self._closed:
+            return
+        self._closed = True
+        self._step_handle.remove()
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles = {}
+        self.policy.thaw()
+        revert_(self.model)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        with torch.no_grad():
+            self.policy.look_at_heads()
+            guarding = [protection for protection in self._protected.values() if protection.guards]
+            if not guarding:
+                return
+            moved = torch.stack([protection.moved().to(guarding[0].layer.weight.device) for protection in guarding])
+            for protection, distance in zip(guarding, moved.tolist()):
+                if not distance <= 1:
+                    protection.restore_()
+
+    def _remember(self) -> None:
+        for index, protection in enumerate(self._protected.values()):
+            protection.remember(seed=1000 * self.tasks + index)
+        self._hook_gradients()
+
+    def _hook_gradients(self) -> None:
+        """Lets only the free part of a gradient through, where it does not come from factors that are free anyway."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles = {
+            name: protection.layer.weight.register_hook(protection.project)
+            for name, protection in self._protected.items()
+            if protection.guards and not _keeps_free_core(protection.layer)
+        }
+
+    def _freeze_full(self) -> None:
+        names = [name for name, p in self._protected.items() if p.full and p.layer.weight.requires_grad]
+        for name in names:
+            self.policy.freeze(f"{name}.weight" if name else "weight", self._protected[name].layer.weight)
+        if names:
+            warnings.warn(
+                f"NullSpaceLearner: no direction is free in {', '.join(names)}; frozen from now on", stacklevel=3
+            )
+
+    def _set_next_ranks(self, found: Found) -> None:
+        for name, protection in self._protected.items():
+            layer = protection.layer
+            if name in found.patches:
+                self._next_rank[name] = int(found.patches[name].factor.shape[2]) * protection.groups
+            elif name in found.tucker and not isinstance(layer, PatchConvolution):
+                last = found.tucker[name][-1]
+                self._next_rank[name] = protection.size if last is None else int(last.shape[1])
+            else:
+                self._next_rank[name] = protection.basis.free
+
+    def _gatherer(self, loader: Iterable[Any]) -> Gatherer:
+        batches = list(islice(loader, self.max_batches)) if isinstance(loader, Iterator) else loader
+        return Gatherer(self.model, batches, self.max_batches, self.progress)
+
+    def _owner(self, name: str, relative: str) -> CompressedLayer:
+        owner = self._layers.get(absolute_name(relative, name) or "")
+        if owner is None:
+            raise ValueError(f"NullSpaceLearner.load_state_dict: layer {name!r} shares factors with {relative!r}")
+        return owner
+
+    def _weights(self) -> list[torch.Tensor]:
+        return [protection.layer.weight for protection in self._protected.values()]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("NullSpaceLearner: closed; make a new one")
+
+
+def _check_arguments(
+    optimizer: object,
+    energy: float,
+    config: object,
+    heads: object,
+    after_first_task: str,
+    max_batches: int | None,
+    basis_dtype: torch.dtype,
+) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"NullSpaceLearner: optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer"
+        )
+    if not isinstance(config, LanceConfig):
+        raise TypeError(f"NullSpaceLearner: config is a {type(config).__name__}; expected a LanceConfig")
+    if config.budget_bytes is not None:
+        raise ValueError(
+            f"NullSpaceLearner: config.budget_bytes is {config.budget_bytes}; expected None, ranks follow energy here"
+        )
+    if not 0 < energy <= 1:
+        raise ValueError(f"NullSpaceLearner: energy is {energy!r}; expected a number in (0, 1]")
+    if isinstance(heads, str):
+        raise ValueError(f"NullSpaceLearner: heads is {heads!r}; expected a sequence of patterns, not one string")
+    if after_first_task not in ("freeze", "train"):
+        raise ValueError(f'NullSpaceLearner: after_first_task is {after_first_task!r}; expected "freeze" or "train"')
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"NullSpaceLearner: max_batches is {max_batches}; expected at least 1, or None")
+    if basis_dtype not in FLOATING:
+        raise ValueError(f"NullSpaceLearner: basis_dtype is {basis_dtype}; expected one of {FLOATING}")
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """Identities of the parameters that more than one module has."""
+    counts = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    return {identity for identity, count in counts.items() if count > 1}
+
+
+def _keeps_free_core(layer: CompressedLayer) -> bool:
+    """Whether the layer's factors alone keep its gradient to free directions."""
+    if isinstance(layer, PatchConvolution):
+        return layer.lance_patch is not None
+    return layer.is_calibrated
+
+
+def _factors_state(layer: CompressedLayer, names: dict[CompressedLayer, str]) -> dict[str, Any]:
+    patch = layer.lance_patch if isinstance(layer, PatchConvolution) else None
+    owner = "" if layer._lance_owner is None else layer._lance_owner[1]
+    return {
+        "owner": owner,
+        "tucker": [] if owner else list(layer.factors),
+        "patch": None if patch is None else [patch.factor, *patch.spatial],
+        "core_bits": layer.lance_core_bits,
+    }
+
+
+def _set_factors(layer: CompressedLayer, state: dict[str, Any]) -> None:
+    layer.lance_core_bits = int(state["core_bits"])
+    if state["patch"] is not None:
+        assert isinstance(layer, PatchConvolution)
+        factor, *spatial = state["patch"]
+        layer.set_patch_factors(PatchFactors(factor, list(spatial)).to(layer.weight.device))
+    elif state["tucker"]:
+        layer.set_factors(state["tucker"])
