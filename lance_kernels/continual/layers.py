@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,10 +74,10 @@ class PatchConvolution(_Convolution):
         )
         return y if batched else y.squeeze(0)
 
-    def lance_counted_size(self, size: torch.Size) -> list[int] | None:
-        """Shape of the core of an input of this size; None where the layer keeps no patches."""
+    def lance_core_size(self, size: Sequence[int]) -> list[int] | None:
+        """Shape of the core of an input of this size, of either kind; None when there is nothing to compress."""
         if self.lance_patch is None:
-            return None
+            return super().lance_core_size(size)
         spatial = self._spatial_for(size)
         return patch_core_size(size, self.lance_patch.factor, spatial, self.kernel_size, self.lance_geometry())
 
@@ -86,7 +86,7 @@ class PatchConvolution(_Convolution):
         super().lance_clear_factors()
         self.lance_patch = None
 
-    def lance_factors_for(self, size: Any) -> Factors | None:
+    def lance_factors_for(self, size: Sequence[int]) -> Factors | None:
         """Factors of a Tucker core; None for a layer that keeps patches."""
         return None if self.lance_patch is not None else super().lance_factors_for(size)
 
@@ -99,7 +99,7 @@ class PatchConvolution(_Convolution):
         plain = nn.modules.conv._ConvNd.extra_repr(self)
         return f"{plain}, patches={size}->{rank}, positions=({spatial})"
 
-    def _spatial_for(self, size: torch.Size) -> list[torch.Tensor | None]:
+    def _spatial_for(self, size: Sequence[int]) -> list[torch.Tensor | None]:
         """The spatial factors; None where an output of an input of this size has another number of positions."""
         assert self.lance_patch is not None
         positions = output_size(size, self.weight.shape, self.lance_geometry())[2:]

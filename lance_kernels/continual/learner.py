@@ -209,7 +209,7 @@ class NullSpaceLearner:
         Under `torch.distributed`, every rank calls this with its share of the data.
 
         Args:
-            loader: the task's batches, as for `calibrate`; iterated up to twice (of an iterator, `max_batches` are kept).
+            loader: the task's batches, as for `calibrate`; iterated up to twice (an iterator's are kept).
 
         Raises:
             RuntimeError: a task has begun already, the learner is closed, or an input holds NaN or infinity.

@@ -165,6 +165,13 @@ class CompressedLayer(nn.Module):
             return None
         return fitting
 
+    def lance_core_size(self, size: Sequence[int]) -> list[int] | None:
+        """Shape of the core of an input of this size; None when there is nothing to compress."""
+        factors = self.lance_factors_for(size)
+        if factors is None:
+            return None
+        return [extent if factor is None else factor.shape[1] for factor, extent in zip(factors, size)]
+
     def lance_shared(self, x: torch.Tensor) -> SharedCore | None:
         """Where the core of `x` is shared within the layer's input group; None when there is no group to share with."""
         if torch.compiler.is_compiling() or x.is_inference():

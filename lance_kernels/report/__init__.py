@@ -5,6 +5,7 @@ The one counter of held bytes, for the demo, the tests and the benchmarks.
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections import defaultdict
@@ -374,11 +375,10 @@ def _counted(layer: CompressedLayer, x: torch.Tensor, itemsize: int) -> int:
         return 0
     batched_dim = getattr(layer, "batched_dim", x.dim())
     size = x.shape if x.dim() == batched_dim else torch.Size((1, *x.shape))
-    factors = layer.lance_factors_for(size) if layer.lance_keeps_core() else None
-    if factors is None:
+    core = layer.lance_core_size(size) if layer.lance_keeps_core() else None
+    if core is None:
         return x.numel() * itemsize
-    core = torch.Size(extent if factor is None else factor.shape[1] for factor, extent in zip(factors, size))
-    return packed_bytes(core, layer.lance_core_bits) if layer.lance_core_bits else core.numel() * itemsize
+    return packed_bytes(core, layer.lance_core_bits) if layer.lance_core_bits else math.prod(core) * itemsize
 
 
 def _graph(root: Any) -> Iterator[Any]:
