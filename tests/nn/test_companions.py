@@ -448,67 +448,6 @@ def test_transformer_encoder_layer():
     assert_close(grads, expected, 0.05)
 
 
-class TestFusion:
-    def test_finds_pairs_by_their_consumer(self):
-        block = frozen(Block())
-        apply_companions(block, "exact")
-        assert [(norm is block.norm, relu is block.relu) for norm, relu, _ in block.lance_pairs] == [
-            (True, True),
-            (False, True),
-        ]
-
-    def test_result_and_gradients_equal_plain(self):
-        block = frozen(Block())
-        expected = gradients(block, X)
-        apply_companions(block, "exact")
-        assert_close(gradients(block, X), expected, 2e-6)
-
-    @pytest.mark.parametrize("which", ["norm", "relu"])
-    def test_hooks_see_what_they_saw_before(self, which):
-        block = frozen(Block())
-        seen = []
-        getattr(block, which).register_forward_hook(lambda module, args, result: seen.append(result.clone()))
-        expected = gradients(block, X)
-        before, seen[:] = list(seen), []
-        apply_companions(block, "exact")
-        assert_close(gradients(block, X), expected, 2e-6)
-        assert len(seen) == len(before)
-        for one, other in zip(seen, before):
-            torch.testing.assert_close(one, other)
-
-    def test_two_consumers_are_no_pair(self):
-        class Twice(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.norm = nn.BatchNorm2d(6)
-                self.relu = nn.ReLU()
-
-            def forward(self, x: torch.Tensor) -> torch.Tensor:
-                y = self.norm(x)
-                return self.relu(y) + y
-
-        model = frozen(Twice())
-        expected = gradients(model, X)
-        apply_companions(model, "exact")
-        assert "lance_pairs" not in vars(model)
-        assert_equal(gradients(model, X), expected)
-
-    def test_a_changed_model_is_an_error(self):
-        model = frozen(nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.ReLU()))
-        apply_companions(model, "exact")
-        gradients(model, X)
-        model[2] = nn.Identity()
-        with pytest.raises(RuntimeError, match="did not reach that ReLU"):
-            model(X)
-
-    def test_trainable_or_training_norms_stay_apart(self):
-        model = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.ReLU6())
-        plain = copy.deepcopy(model)
-        apply_companions(model, "exact")
-        assert_equal(gradients(model, X), gradients(plain, X))
-        assert_equal(gradients(model.eval(), X), gradients(plain.eval(), X))
-
-
 def test_autocast(mixed):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, *expected = gradients(mixed, X)

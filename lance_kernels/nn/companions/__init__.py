@@ -28,6 +28,7 @@ __all__ = ["EXACT", "QUANTIZED", "SMALLEST", "apply_companions", "companions_sus
 
 # Modules of torch.nn whose own forward calls functions of the tables.
 _CALLING = (
+    nn.MultiheadAttention,
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
@@ -71,18 +72,20 @@ def apply_companions(
             if reason is None:
                 module.__class__ = drop_in
             rows.append((name, kind.__name__, f"swapped, {level}" if reason is None else f"left alone, {reason}"))
-        elif (
-            reason is None and (_has_own_forward(kind) or pairs[name]) and not (skip is not None and skip(module, name))
-        ):
-            try:
-                module.__class__ = with_companion_calls(kind, level)
-            except TypeError as error:
-                rows.append((name, kind.__name__, f"left alone, its class takes no subclass ({error})"))
-                continue
-            if pairs[name]:
-                # A tuple: an attribute that is a module would become a child.
-                vars(module)["lance_pairs"] = pairs[name]
-            rows.append((name, kind.__name__, f"functional calls replaced, {level}"))
+            continue
+        found, untraced = pairs[name]
+        if reason is not None or not (_has_own_forward(kind) or found) or (skip is not None and skip(module, name)):
+            continue
+        try:
+            module.__class__ = with_companion_calls(kind, level)
+        except TypeError as error:
+            rows.append((name, kind.__name__, f"left alone, its class takes no subclass ({error})"))
+            continue
+        if found:
+            # A tuple: an attribute that is a module would become a child.
+            vars(module)["lance_pairs"] = found
+        done = f"functional calls replaced, {level}"
+        rows.append((name, kind.__name__, done if untraced is None else f"{done}; {untraced}"))
     return rows
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import types
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -150,6 +151,13 @@ def _quantized_calls(bits: int) -> dict[Any, Callable[..., Any]]:
     }
 
 
+# The body of the library's function alone: the function hands a call to the mode before it makes any of its own.
+_multi_head_attention = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+
 CALLS: dict[str, dict[Any, Callable[..., Any]]] = {
     "exact": EXACT_CALLS,
     "quantized": _quantized_calls(8),
@@ -176,11 +184,14 @@ class CompanionMode(TorchFunctionMode):
         self.hook = None if torch.compiler.is_compiling() else _saving_hook()
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, overloaded: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # Dynamo cannot trace the body of this method, which is what a mode is handed; nothing else changes.
         if func is torch.Tensor.unflatten:
             return torch.unflatten(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward and all(kind in (torch.Tensor, nn.Parameter) for kind in overloaded):
+            with self:
+                return _multi_head_attention(*args, **(kwargs or {}))
         replacement = self.table.get(func)
         if replacement is None or self.in_foreign_checkpoint() or (kwargs and "out" in kwargs):
             return func(*args, **(kwargs or {}))

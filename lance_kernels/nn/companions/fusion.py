@@ -1,17 +1,21 @@
 """Frozen batch norm and the ReLU that consumes it in one pass.
 
 Which ReLU consumes a batch norm's result is read, when companions are applied, from a symbolic trace of the `forward`
-of the module that owns the batch norm: the result has to have one consumer, a ReLU or ReLU6. A `forward` that cannot be
-traced has no pairs. At run time the batch norm computes both and notes its result as pending; the ReLU that is handed
-exactly that tensor passes it on. So one ReLU module may serve several batch norms. The pairs of a module count only
-while its own `forward` runs; a pending result left over at the end is an error, for the model was changed since.
+of the module that owns the batch norm: the result has to have one consumer, a ReLU or ReLU6. Functions that the
+`forward` calls by a global name are not looked into, so only what stands in it has to be traceable. A `forward` that
+cannot be traced has no pairs, which `apply_companions` says. At run time the batch norm computes both and notes its
+result as pending; the ReLU that is handed exactly that tensor passes it on. So one ReLU module may serve several batch
+norms. The pairs of a module count only while its own `forward` runs; a pending result left over at the end is an error,
+for the model was changed since.
 
 Under `torch.compile` nothing is paired: the compiler fuses the two itself.
 """
 
 from __future__ import annotations
 
+import inspect
 import threading
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,19 +33,39 @@ Pair = tuple[nn.Module, nn.Module | None, float | None]
 
 
 class _Tracer(fx.Tracer):
+    """Traces one `forward` and nothing that it calls."""
+
+    def __init__(self, module: nn.Module) -> None:
+        forward = inspect.unwrap(type(module).forward)
+        names = getattr(getattr(forward, "__code__", None), "co_names", ())
+        called = [getattr(forward, "__globals__", {}).get(name) for name in names]
+        super().__init__(autowrap_functions=tuple(f for f in called if isinstance(f, types.FunctionType)))
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
+    def create_arg(self, a: Any) -> Any:
+        # The graph is read and never run.
+        return None if isinstance(a, nn.Module) else super().create_arg(a)
 
-def find_pairs(module: nn.Module) -> tuple[Pair, ...]:
-    """The batch norms among a module's children whose result goes to one ReLU and nowhere else."""
+
+def find_pairs(module: nn.Module) -> tuple[tuple[Pair, ...], str | None]:
+    """The batch norms among a module's children whose result goes to one ReLU and nowhere else.
+
+    Args:
+        module: any module.
+
+    Returns:
+        The pairs, and why there are none where the `forward` of a module with batch norms cannot be traced.
+    """
     children = dict(module.named_children())
     if not any(type(child) in _BATCH_NORMS for child in children.values()):
-        return ()
+        return (), None
     try:
-        nodes = list(_Tracer().trace(module).nodes)
-    except Exception:  # any Python may stand in a forward; what cannot be traced is not paired
-        return ()
+        nodes = list(_Tracer(module).trace(module).nodes)
+    except Exception as error:  # any Python may stand in a forward
+        reason = str(error).partition("\n")[0]
+        return (), f"its batch norms are not fused with ReLUs, torch.fx cannot trace its forward ({reason})"
     calls = [node.target for node in nodes if node.op == "call_module"]
     pairs = []
     for node in nodes:
@@ -51,7 +75,7 @@ def find_pairs(module: nn.Module) -> tuple[Pair, ...]:
         found = _relu_of(next(iter(node.users)), node, children)
         if found is not None:
             pairs.append((norm, *found))
-    return tuple(pairs)
+    return tuple(pairs), None
 
 
 def _relu_of(
