@@ -1,5 +1,21 @@
 """Measures suites of cases; every result is a row of JSON from which the tables and plots are made."""
 
-from benchmarks.suites import cpu, cpu_models, memory, memory_curve, memory_peak
+from benchmarks.suites import (
+    cpu,
+    cpu_models,
+    memory,
+    memory_budget,
+    memory_curve,
+    memory_peak,
+    memory_training,
+)
 
-__all__ = ["cpu", "cpu_models", "memory", "memory_curve", "memory_peak"]
+__all__ = [
+    "cpu",
+    "cpu_models",
+    "memory",
+    "memory_budget",
+    "memory_curve",
+    "memory_peak",
+    "memory_training",
+]

@@ -32,7 +32,7 @@ def model_step(name: str, context: Context) -> list[Row]:
     images = natural_images(*_shape(context), context.seed)
     labels = torch.arange(len(images)) % 100
     plain = frozen_norms(MODELS[name]())
-    methods, details = {PLAIN: _step(plain, images, labels)}, {}
+    methods, details = {PLAIN: training_step(plain, images, labels)}, {}
     for method, config in {
         OURS: lance.LanceConfig(),
         "lance, companions none, 32-bit core": lance.LanceConfig(companions="none", core_bits=None),
@@ -42,7 +42,7 @@ def model_step(name: str, context: Context) -> list[Row]:
         lance.calibrate(
             model, [images, natural_images(*_shape(context), context.seed + 1)], max_batches=2, progress=False
         )
-        methods[method] = _step(frozen_norms(model), images, labels)
+        methods[method] = training_step(frozen_norms(model), images, labels)
         report = lance.report(model, images, lambda output: cross_entropy(output, labels))
         details[method] = {
             "note": NOTE,
@@ -116,7 +116,9 @@ def _shape(context: Context) -> tuple[int, int]:
     return (2, 64) if context.quick else (BATCH, SIZE)
 
 
-def _step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+def training_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """Forward pass, loss and backward pass of `model`, as a function of no arguments."""
+
     def run() -> None:
         model.zero_grad(set_to_none=True)
         cross_entropy(model(images), labels).backward()

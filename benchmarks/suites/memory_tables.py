@@ -11,6 +11,7 @@ from benchmarks.tables import (
     environment_text,
     missed,
     new_figure,
+    ratio_text,
     save_figure,
     significant,
     value_text,
@@ -21,6 +22,8 @@ def tables(rows: list[Row]) -> list[Table]:
     """What is held, what a process needs, and the gradient at a budget of bytes."""
     found = [_bytes_table("Held by autograd between forward and backward", rows, "held: ")]
     found.append(_bytes_table("Peak resident memory of two steps in a fresh process", rows, "peak: "))
+    found.append(_step_table(rows))
+    found.append(_accuracy_table(rows))
     found.append(_curve_table(rows))
     found = [table for table in found if table.rows]
     if found:
@@ -46,7 +49,51 @@ def _bytes_table(title: str, rows: list[Row], prefix: str) -> Table:
         for row in chosen
         if row.quantity == "held over implied"
     ]
-    table.caption = "\n".join(notes)
+    settings = {
+        f"{row.case.removeprefix(prefix)}: with `{name}={value}` for every form."
+        for row in chosen
+        for name, value in row.details.get("allocator", {}).items()
+    }
+    table.caption = "\n".join(notes + sorted(settings))
+    return table
+
+
+def _step_table(rows: list[Row]) -> Table:
+    """Time of a step over plain, and of one with packed cores over one without."""
+    table = Table(
+        "Time of a training step, eager", ("model", "form", "time", "over plain", "target", "over 32-bit cores")
+    )
+    chosen = [row for row in rows if row.case.startswith("step: ")]
+    packing = {(row.case, row.method): row for row in chosen if row.quantity == "time over 32-bit cores"}
+    for row in chosen:
+        if row.quantity != "time":
+            continue
+        target = "" if row.target is None else f"at most {row.target:g}, {'missed' if missed(row) else 'met'}"
+        other = packing.get((row.case, row.method))
+        last = ""
+        if other is not None:
+            last = f"{ratio_text(other)}, at most {other.target:g}, {'missed' if missed(other) else 'met'}"
+        cells = (value_text(row.median, row.unit), ratio_text(row), target, last)
+        table.rows.append((row.case.removeprefix("step: "), row.method, *cells))
+    return table
+
+
+def _accuracy_table(rows: list[Row]) -> Table:
+    """Test accuracy with quantized companions, and its paired difference to plain."""
+    table = Table(
+        "Test accuracy from scratch with quantized companions, no layer compressed",
+        ("network", "form", "median accuracy", "mean minus plain", "95% interval", "target"),
+    )
+    for row in rows:
+        if not row.case.startswith("accuracy: "):
+            continue
+        cells = ("", "", "")
+        if "difference" in row.details:
+            mean, low, high, least = (row.details[key] for key in ("difference", "low", "high", "least"))
+            verdict = f"at least {least:g}, {'met' if mean >= least else 'missed'}"
+            cells = (f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", verdict)
+        name = row.case.removeprefix("accuracy: ").removesuffix(", quantized companions")
+        table.rows.append((name, row.method, f"{row.median:.1f} %", *cells))
     return table
 
 
@@ -78,7 +125,8 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.plot([mark for _, mark in marks], [position for position, _ in marks], "k|", markersize=9, label="target")
     axes.set_yticks(positions, [f"{row.case.removeprefix('held: ')}: {row.method}" for row in chosen], fontsize=7)
     axes.invert_yaxis()
-    axes.set_xscale("log")
+    if chosen:
+        axes.set_xscale("log")
     axes.set_xlabel("bytes held by plain PyTorch over bytes held")
     if marks:
         axes.legend(loc="lower right", fontsize=7)

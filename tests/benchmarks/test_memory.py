@@ -9,9 +9,11 @@ from torch import nn
 
 import lance_kernels as lance
 from benchmarks import environment
+from benchmarks.data import load
+from benchmarks.finetune import loss_of
 from benchmarks.registry import Context
 from benchmarks.results import make_rows
-from benchmarks.suites import memory, memory_curve, memory_peak
+from benchmarks.suites import memory, memory_curve, memory_peak, memory_training
 from benchmarks.suites.memory_tables import plot, tables
 
 
@@ -97,3 +99,25 @@ def test_tables_and_plot_show_targets_met_and_missed(tmp_path):
     plot(all_rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
     assert (tmp_path / "curve.png").exists()
+
+
+def test_accuracy_of_quantized_companions_is_paired():
+    context = Context("memory", "accuracy: residual network, quantized companions", environment.current(), quick=True)
+    rows = {row.method: row for row in memory_training.accuracy("residual network", context)}
+    plain, ours = (rows[method].details["by_seed"] for method in (memory_training.PLAIN, memory_training.QUANTIZED))
+    details = rows[memory_training.QUANTIZED].details
+    assert details["difference"] == sum(ours) / 2 - sum(plain) / 2
+    assert details["low"] <= details["difference"] <= details["high"]
+    shown = next(table for table in tables(list(rows.values())) if "accuracy" in table.title)
+    assert shown.rows[1][3] == f"{details['difference']:+.2f}"
+
+
+def test_networks_for_accuracy_are_quantized_throughout():
+    images = memory_training.scaled(load(None))
+    for make_network, _ in memory_training.NETWORKS.values():
+        plain = make_network(images)
+        model = copy.deepcopy(plain)
+        lance.compress_(model, lance.LanceConfig(companions="quantized", target_modules=()))
+        batch, loss = images.train.images[:8], loss_of(images.train.labels[:8])
+        # Of 8 bytes for a convolution's input and a norm's, 4 and 1 are left.
+        assert lance.held_bytes(model, batch, loss) < 0.65 * lance.held_bytes(plain, batch, loss)
