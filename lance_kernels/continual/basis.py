@@ -128,10 +128,12 @@ class Basis:
         complement = self.size - min(counts) < max(counts)
         vectors = self._unpacked(torch.float64)
         if not complement and not self.complement:
-            found = [
-                torch.cat([vectors[group, :, :before], _below(before, new)], dim=1)
-                for group, (before, new) in enumerate(zip(self.counts, coordinates))
-            ]
+            found = []
+            for group, (before, new) in enumerate(zip(self.counts, coordinates)):
+                # Where a group has fewer vectors than others, reflections without any turned these signs.
+                signs = torch.ones_like(new[:, :1])
+                signs[: self.vectors - before] = -1
+                found.append(torch.cat([vectors[group, :, :before], _below(before, signs * new)], dim=1))
         else:
             found = []
             for group, new in enumerate(coordinates):
@@ -151,25 +153,30 @@ class Basis:
         """Everything, as plain values and one tensor."""
         return {"counts": list(self.counts), "complement": self.complement, "packed": self.packed}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave.
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuses what `state_dict` of another basis gave.
 
         Raises:
             ValueError: it does not fit these groups and this size.
         """
-        counts, complement, packed = list(state["counts"]), bool(state["complement"]), state["packed"]
+        counts, packed = state["counts"], state["packed"]
         fits = len(counts) == self.groups and all(0 <= count <= self.size for count in counts)
-        vectors = 0
-        if fits:
-            vectors = self.size - min(counts) if complement else max(counts)
-        numbers = sum(_block_numbers(self.size, start, width) for start, width in _blocks(vectors))
-        if not fits or tuple(packed.shape) != (self.groups, numbers):
+        if not fits or tuple(packed.shape) != (self.groups, self._numbers(counts, state["complement"])):
             raise ValueError(
                 f"basis of {counts} directions, packed {tuple(packed.shape)}, does not fit {self.groups} groups of "
                 f"size {self.size}"
             )
-        self.counts, self.complement, self.vectors = counts, complement, vectors
-        self.packed = packed.detach().to(self.packed.device, self.packed.dtype, copy=True)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave and `check_state` found right."""
+        self.counts, self.complement = list(state["counts"]), bool(state["complement"])
+        self.vectors = self.size - min(self.counts) if self.complement else self.width
+        self.packed = state["packed"].detach().to(self.packed.device, self.packed.dtype, copy=True)
+
+    def _numbers(self, counts: Sequence[int], complement: bool) -> int:
+        """Numbers a group that the packed vectors of so many directions take."""
+        vectors = self.size - min(counts) if complement else max(counts)
+        return sum(_block_numbers(self.size, start, width) for start, width in _blocks(vectors))
 
     def _columns(self) -> slice:
         return slice(self.size - self.width, self.size) if self.complement else slice(0, self.width)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from lance_kernels.config import LanceConfig, matches
+from lance_kernels.config import LanceConfig
 from lance_kernels.continual.gather import Found, Gatherer, next_rank, protected_directions
 from lance_kernels.continual.layers import PatchConvolution, PatchFactors, keep_patches_
 from lance_kernels.continual.policy import After, Policy
@@ -185,9 +185,9 @@ class NullSpaceLearner:
         self._next_rank: dict[str, int] = {}
         self._handles: dict[str, RemovableHandle] = {}
         device = None if basis_device is None else torch.device(basis_device)
-        shared = _shared_weights(self.model)
+        shared, head_modules = _shared_weights(self.model), self.policy.head_modules()
         for name, layer in self._layers.items():
-            if matches(name, heads):
+            if name in head_modules:
                 self._compression.left[name] = "a head"
             elif id(layer.weight) in shared:
                 self._compression.left[name] = "its weight is used elsewhere too"
@@ -312,7 +312,7 @@ class NullSpaceLearner:
             state: what `state_dict` gave.
 
         Raises:
-            ValueError: the state is of another format, or does not fit the model.
+            ValueError: the state is of another format, or does not fit the model; the learner is left as it was.
             RuntimeError: the learner is closed.
         """
         self._check_open()
@@ -326,9 +326,12 @@ class NullSpaceLearner:
             )
         for name, protection in self._protected.items():
             try:
-                protection.load_state_dict(state["protected"][name])
+                protection.check_state(state["protected"][name])
             except ValueError as error:
                 raise ValueError(f"NullSpaceLearner.load_state_dict: layer {name!r}: {error}") from error
+        self.policy.check_state(state["policy"])
+        for name, protection in self._protected.items():
+            protection.load_state_dict(state["protected"][name])
         self.policy.load_state_dict(state["policy"])
         self.tasks, self.in_task = int(state["tasks"]), bool(state["in_task"])
         self._next_rank = dict(state["next_rank"])
@@ -351,11 +354,14 @@ class NullSpaceLearner:
         Raises:
             ValueError: the file is damaged, no learner's, or does not fit.
         """
-        try:
-            state = torch.load(path, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"NullSpaceLearner.load: {path} is damaged or no learner's state ({reason})") from error
+        with Path(path).open("rb") as file:
+            try:
+                state = torch.load(file, weights_only=True)
+            except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+                reason = str(error).partition("\n")[0]
+                raise ValueError(
+                    f"NullSpaceLearner.load: {path} is damaged or no learner's state ({reason})"
+                ) from error
         self.load_state_dict(state)
 
     def close(self) -> None:

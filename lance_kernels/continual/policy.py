@@ -116,8 +116,8 @@ class Policy:
         """Everything, as plain values."""
         return {"frozen": list(self.frozen), "trained_heads": list(self.trained_heads), "still": self.still}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave.
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuses what `state_dict` of another model's gave.
 
         Raises:
             ValueError: the model lacks a parameter.
@@ -125,7 +125,11 @@ class Policy:
         parameters = dict(self.model.named_parameters())
         missing = [name for name in state["frozen"] if name not in parameters]
         if missing:
-            raise ValueError(f"the model has no parameters {missing}")
+            raise ValueError(f"the model has no parameters {missing}, which the state has frozen")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave and `check_state` found right."""
+        parameters = dict(self.model.named_parameters())
         self.thaw()
         for name in state["frozen"]:
             self.freeze(name, parameters[name])

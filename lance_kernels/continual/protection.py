@@ -104,26 +104,30 @@ class Protection:
         remembered = {"product": self.product, "probes": self.probes, "targets": self.targets}
         return {**self.basis.state_dict(), **remembered}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave.
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuses what `state_dict` of another layer's gave.
 
         Raises:
             ValueError: it does not fit the layer.
         """
-        self.basis.load_state_dict(state)
+        self.basis.check_state(state)
         rows = self.layer.weight.shape[0] // self.groups
-        device = self.layer.weight.device
         shapes = {
-            "product": (self.groups, rows, self.basis.width),
+            "product": (self.groups, rows, max(state["counts"])),
             "probes": (self.groups, self.size, PROBES),
             "targets": (self.groups, rows, PROBES),
         }
         for name, shape in shapes.items():
+            if state[name] is not None and tuple(state[name].shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(state[name].shape)}; expected {shape}")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave and `check_state` found right."""
+        self.basis.load_state_dict(state)
+        for name in ("product", "probes", "targets"):
+            device = self.basis.packed.device if name == "product" else self.layer.weight.device
             tensor = state[name]
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
-            where = self.basis.packed.device if name == "product" else device
-            setattr(self, name, None if tensor is None else tensor.detach().to(where, copy=True))
+            setattr(self, name, None if tensor is None else tensor.detach().to(device, copy=True))
 
     def _weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         weight = self.layer.weight.detach().reshape(self.groups, -1, self.size)
