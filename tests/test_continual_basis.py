@@ -112,6 +112,6 @@ def test_state_goes_back_and_forth_and_is_checked():
     other.load_state_dict(basis.state_dict())
     assert torch.equal(other.dense(1), basis.dense(1))
     with pytest.raises(ValueError, match="does not fit 2 groups of size 49"):
-        basis_of(2, 49).load_state_dict(basis.state_dict())
+        basis_of(2, 49).check_state(basis.state_dict())
     with pytest.raises(ValueError, match="does not fit 1 groups"):
-        basis_of(1, 50).load_state_dict(basis.state_dict())
+        basis_of(1, 50).check_state(basis.state_dict())
