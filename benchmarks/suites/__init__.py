@@ -3,6 +3,7 @@
 from benchmarks.suites import (
     cpu,
     cpu_models,
+    finetune,
     memory,
     memory_budget,
     memory_curve,
@@ -13,6 +14,7 @@ from benchmarks.suites import (
 __all__ = [
     "cpu",
     "cpu_models",
+    "finetune",
     "memory",
     "memory_budget",
     "memory_curve",

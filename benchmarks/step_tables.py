@@ -1,0 +1,62 @@
+"""How rows of one training step are shown, a table a case."""
+
+from __future__ import annotations
+
+from benchmarks.results import Row
+from benchmarks.tables import Table, bytes_text, ratio_text, significant, value_text
+
+
+def step_tables(rows: list[Row]) -> list[Table]:
+    """One table a case: a line a method, bytes, operations and time."""
+    return [_table(case, [row for row in rows if row.case == case]) for case in dict.fromkeys(row.case for row in rows)]
+
+
+def _table(case: str, rows: list[Row]) -> Table:
+    table = Table(
+        f"One training step: {case.removeprefix('step: ')}",
+        (
+            "method", "counted", "factors", "held", "peak", "operations over plain's",
+            "of them decomposition", "step time over plain's", "decomposition", "calibration, once",
+        ),
+    )  # fmt: skip
+    values = {(row.method, row.quantity): row for row in rows}
+    for method in dict.fromkeys(row.method for row in rows):
+        table.rows.append((method, *_cells(method, values)))
+    table.caption = (
+        "Ratios of time are medians (10th to 90th percentile) over rounds in which all methods ran in turns. "
+        "Decomposition: time within a step that a rival takes to compress; ours is within the layer's operator. "
+        "Factors from calibration are shared by all steps. Over a target: see the claims."
+    )
+    missed = [row for row in rows if row.target is not None]
+    for row in missed:
+        reached = row.ratio_median if row.ratio_median is not None else row.median
+        state = "met" if reached <= row.target else "missed"
+        table.caption += (
+            f"\n{row.quantity} of {row.method} over plain's: {significant(reached)} (target at most {row.target:g}, "
+            f"{state})."
+        )
+    return table
+
+
+def _cells(method: str, values: dict[tuple[str, str], Row]) -> list[str]:
+    def found(quantity: str) -> Row | None:
+        return values.get((method, quantity))
+
+    counted, factors = found("counted bytes"), found("factor bytes")
+    operations, apart, calibration = found("operations"), found("decomposition in a step"), found("calibration")
+    held, peak, time = found("held bytes"), found("peak bytes"), found("step time")
+    share = "-"
+    if operations is not None and operations.details["decomposition"]:
+        share = f"{100 * operations.details['decomposition'] / operations.median:.1f} %"
+    whole = operations is None or operations.ratio is None
+    return [
+        "-" if counted is None else bytes_text(counted.median),
+        "-" if factors is None or not factors.median else bytes_text(factors.median),
+        "-" if held is None else bytes_text(held.median),
+        "-" if peak is None else bytes_text(peak.median),
+        "1" if whole or operations is None else f"{operations.ratio_median:.3f}",
+        share,
+        "-" if time is None else (value_text(time.median, "s") if time.ratio is None else ratio_text(time)),
+        "-" if apart is None else value_text(apart.median, "s"),
+        "-" if calibration is None else value_text(calibration.median, "s"),
+    ]

@@ -1,0 +1,283 @@
+"""Suite `finetune`: accuracy, gradients, bytes, operations and time of every method on one fine-tuning task.
+
+A network is pretrained on the first half of a data set's classes, once, and fine-tuned on the other half. What comes
+before the trained layers is frozen and there is no augmentation, so its output is computed once for all methods.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks import methods
+from benchmarks.data import Images, Split, load
+from benchmarks.finetune import Recipe, batches, train
+from benchmarks.methods import Batch, Method
+from benchmarks.methods.steps import measure_steps
+from benchmarks.network import ResidualNetwork, freeze_for_fine_tuning, train_mode
+from benchmarks.pretrained import pretrained
+from benchmarks.registry import Context, Suite, register
+from benchmarks.results import Row, make_rows
+from benchmarks.suites import finetune_tables
+
+PRETRAIN = Recipe(6, 64, 0.05)
+SHORT, LONG, PAPERS = "3 epochs", "15 epochs", "paper's recipe"
+# The third is the paper's: SGD at 0.05, batch 128, 100 calibration batches, energy 0.7.
+RECIPES = {SHORT: Recipe(3, 64, 0.01), LONG: Recipe(15, 64, 0.01), PAPERS: Recipe(3, 128, 0.05)}
+SEEDS = 5
+CALIBRATION_BATCHES = 100
+SHARE = 100
+PLAIN, PUBLISHED = "plain", "published, energy 0.7"
+AT_PUBLISHED, AT_SHARE = "lance, at the published form's bytes", f"lance, at 1/{SHARE} of the bytes"
+
+SUITE = register(
+    Suite(
+        "finetune",
+        "Fine-tuning: every method on the same task",
+        "python -m benchmarks --suite finetune --data PATH --threads 1",
+        tables=finetune_tables.tables,
+        plot=finetune_tables.plot,
+    )
+)
+
+
+class Task:
+    """One seed's fine-tuning: the layers that are trained, their input data, a fresh head.
+
+    Attributes:
+        model: the trained part of the network, its last layers, in training mode.
+        names: its convolutions.
+        data: the frozen part's outputs in place of images.
+        recipe: how to train.
+        seed: seed of head and order.
+    """
+
+    def __init__(self, start: ResidualNetwork, names: list[str], data: Images, recipe: Recipe, seed: int) -> None:
+        self.model, self.names, self.data, self.recipe, self.seed = copy.deepcopy(start), names, data, recipe, seed
+        self.model.replace_head(data.classes, torch.Generator().manual_seed(seed))
+        train_mode(self.model, frozen_norms=True)
+
+    @cached_property
+    def loader(self) -> list[Batch]:
+        """Batches to calibrate on."""
+        found = []
+        for batch in batches(self.data.train, self.recipe.batch, torch.Generator().manual_seed(self.seed)):
+            found.append(batch)
+            if len(found) == CALIBRATION_BATCHES:
+                break
+        return found
+
+    @cached_property
+    def dense_bytes(self) -> int:
+        """What a plain step keeps for the layers' weight gradients."""
+        return methods.dense_bytes(self.model, self.names, self.loader[0])
+
+    @cache  # noqa: B019 - a task lives as long as its case
+    def published_bytes(self, energy: float = 0.7) -> int:
+        """What a step of the published form keeps."""
+        model = methods.published(energy).apply(self.model, self.names, self.loader)
+        return methods.counted_bytes(model, self.names, self.loader[0])
+
+
+@cache
+def parts(data: Path | None, layers: str, quick: bool, seed: int) -> tuple[ResidualNetwork, list[str], Images]:
+    """The pretrained network cut before its first trained block, and what the part before makes of the data.
+
+    Args:
+        data: file of images.
+        layers: `last2`, `last4` or `all`.
+        quick: pretrain a tiny network shortly.
+        seed: of pretraining.
+
+    Returns:
+        The part to train, names of its convolutions, and the second half of the classes as its inputs.
+    """
+    images = load(data)
+    if quick:
+        model = pretrained(images, Recipe(4, 32, 0.05), seed, widths=(8, 8, 16), depths=(1, 1, 2))
+    else:
+        model = pretrained(images, PRETRAIN, seed)
+    _, second = images.halves()
+    chosen = freeze_for_fine_tuning(model, layers)
+    if layers == "all":
+        return model, chosen, second
+    first = int(chosen[0].split(".")[1])
+    trunk = nn.Sequential(model.stem, model.blocks[:first]).eval()
+    model.stem, model.blocks = nn.Identity(), model.blocks[first:]  # a slice keeps the blocks' names
+
+    def through(split: Split) -> Split:
+        with torch.no_grad():
+            return Split(torch.cat([trunk(part) for part in split.images.split(256)]), split.labels)
+
+    return model, chosen, Images(second.name, through(second.train), through(second.test), second.classes)
+
+
+def task(context: Context, layers: str, recipe: str, seed: int) -> Task:
+    """The task of one seed of fine-tuning; all seeds start from the one network of the context's seed."""
+    chosen = Recipe(1, 64, 0.01) if context.quick else RECIPES[recipe]
+    return Task(*parts(context.data, layers, context.quick, context.seed), chosen, seed)
+
+
+Make = Callable[[Task], Method]
+CLAIMS: dict[str, Make] = {
+    PLAIN: lambda task: methods.plain(),
+    PUBLISHED: lambda task: methods.published(0.7),
+    AT_PUBLISHED: lambda task: methods.ours(budget_bytes=task.published_bytes()),
+    AT_SHARE: lambda task: methods.ours(budget_bytes=task.dense_bytes // SHARE),
+}
+RIVALS: dict[str, Make] = {
+    "HOSVD every step": lambda task: methods.hosvd(budget_bytes=task.dense_bytes // SHARE),
+    "HOSVD every step, 4 bits": lambda task: methods.hosvd(bits=4, budget_bytes=task.dense_bytes // SHARE),
+    "ASI": lambda task: methods.asi(budget_bytes=task.dense_bytes // SHARE),
+    "ASI, 4 bits": lambda task: methods.asi(bits=4, budget_bytes=task.dense_bytes // SHARE),
+    "gradient filtering, R=4": lambda task: methods.gradient_filtering(4),
+    "gradient filtering, R=4, 4 bits": lambda task: methods.gradient_filtering(4, 4),
+    "published, 4 bits": lambda task: methods.published(0.85, 4),
+    "LoRA, rank 8": lambda task: methods.lora(8),
+}
+FORMS: dict[str, Make] = {
+    f"lance, energy 0.85, {bits or 32} bits": partial(
+        lambda bits, task: methods.ours(energy=0.85, core_bits=bits), bits
+    )
+    for bits in (None, 8, 4, 2)
+}
+FORMS["lance, energy 0.85, 4 bits, no companions"] = lambda task: methods.ours(energy=0.85, companions="none")
+ENERGIES = (0.5, 0.7, 0.85, 0.95)
+GRADIENT_ENERGIES = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one seed gave."""
+
+    curve: list[float]
+    counted: int
+    dense: int
+
+
+def accuracy_case(layers: str, recipe: str, name: str, make: Make, seeds: int, context: Context) -> list[Row]:
+    """Test accuracy after fine-tuning by one method with several seeds; seeds are the same for all methods."""
+    outcomes = []
+    numbers = range(context.seed, context.seed + (1 if context.quick else seeds))
+    for seed in numbers:
+        work = task(context, layers, recipe, seed)
+        model = make(work).apply(work.model, work.names, work.loader)
+        counted = methods.counted_bytes(model, work.names, work.loader[0])
+        title = f"{context.case}, seed {seed}"
+        curve = train(model, work.data, work.recipe, seed, title, frozen_norms=True)
+        outcomes.append(Outcome(curve, counted, work.dense_bytes))
+    details = {
+        "layers": layers,
+        "recipe": recipe,
+        "seeds": list(numbers),
+        "curves": [outcome.curve for outcome in outcomes],
+        "counted_bytes": [outcome.counted for outcome in outcomes],
+        "dense_bytes": outcomes[0].dense,
+    }
+    return _rows(context, {name: [o.curve[-1] for o in outcomes]}, "test accuracy", "%", {name: details})
+
+
+def gradients_case(layers: str, energy: float, context: Context) -> list[Row]:
+    """Gradient cosine of ours at the bytes of the published form, by layer, over batches not calibrated on."""
+    work = task(context, layers, SHORT, context.seed)
+    makers: dict[str, Method] = {
+        "published": methods.published(energy),
+        "lance": methods.ours(budget_bytes=work.published_bytes(energy)),
+    }
+    return _gradient_rows(context, work, makers, {"energy": energy, "layers": layers})
+
+
+def rivals_gradients_case(context: Context) -> list[Row]:
+    """Gradient cosine of every method before training, ours at a share of the bytes and at each rival's."""
+    work = task(context, "last4", SHORT, context.seed)
+    makers = {name: make(work) for name, make in {**CLAIMS, **RIVALS}.items() if not name.startswith("LoRA")}
+    return _gradient_rows(context, work, makers, {"layers": "last4"})
+
+
+def _gradient_rows(
+    context: Context, work: Task, makers: dict[str, Method], details: dict[str, float | str]
+) -> list[Row]:
+    count = 2 if context.quick else 8
+    order = torch.Generator().manual_seed(work.seed + 1)
+    tested = [batch for batch, _ in zip(batches(work.data.train, work.recipe.batch, order), range(count))]
+    rows = []
+    for name, method in makers.items():
+        model = method.apply(work.model, work.names, work.loader)
+        cosines, relative = methods.errors(model, work.model, work.names, tested)
+        found = {
+            **details,
+            "counted_bytes": methods.counted_bytes(model, work.names, work.loader[0]),
+            "dense_bytes": work.dense_bytes,
+            "cosines": cosines,
+            "relative_errors": relative,
+        }
+        rows += _rows(context, {name: list(cosines.values())}, "gradient cosine", "", {name: found})
+    return rows
+
+
+def steps_case(layers: str, context: Context) -> list[Row]:
+    """Bytes, operations and time of one step, all methods in turns; decomposition and calibration apart."""
+    work = task(context, layers, SHORT, context.seed)
+    chosen = {**CLAIMS, **RIVALS, **FORMS, "checkpointed by block": lambda task: methods.checkpointed()}
+    makers = {name: partial(make, work) for name, make in chosen.items()}
+    return measure_steps(context, work.model, work.names, work.loader, makers)
+
+
+def _rows(
+    context: Context, samples: dict[str, list[float]], quantity: str, unit: str, details: dict[str, dict]
+) -> list[Row]:
+    return make_rows(
+        context.suite,
+        context.case,
+        samples,
+        environment=context.environment,
+        quick=context.quick,
+        quantity=quantity,
+        unit=unit,
+        seed=context.seed,
+        details=details,
+    )
+
+
+def _register() -> None:
+    def accuracy(layers: str, recipe: str, makers: dict[str, Make], seeds: int) -> None:
+        for name, make in makers.items():
+            case = f"accuracy: {layers}, {recipe}: {name}"
+            SUITE.case(case)(partial(accuracy_case, layers, recipe, name, make, seeds))
+
+    for energy in GRADIENT_ENERGIES:
+        SUITE.case(f"gradients: all, energy {energy:g}")(partial(gradients_case, "all", energy))
+    SUITE.case("gradients: last4, every method")(rivals_gradients_case)
+    for layers in ("last4", "all"):
+        SUITE.case(f"step: {layers}")(partial(steps_case, layers))
+    shares = {name: CLAIMS[name] for name in (PLAIN, AT_SHARE)}
+    accuracy("last4", SHORT, CLAIMS, SEEDS)
+    accuracy("last4", SHORT, {name: make for name, make in RIVALS.items() if name.endswith("4 bits")}, SEEDS)
+    accuracy("last4", LONG, shares, SEEDS)
+    accuracy("all", SHORT, {**shares, PUBLISHED: CLAIMS[PUBLISHED]}, SEEDS)
+    accuracy("all", LONG, shares, SEEDS)
+    accuracy("last4", SHORT, {name: make for name, make in RIVALS.items() if not name.endswith("4 bits")}, 3)
+    accuracy("last4", SHORT, {**FORMS, **sweep()}, 1)
+    accuracy("last2", SHORT, CLAIMS, 1)
+    accuracy("last4", PAPERS, CLAIMS, 1)
+
+
+def sweep() -> dict[str, Make]:
+    """Both forms over the energies, for the plots of accuracy over bytes."""
+    found: dict[str, Make] = {}
+    for energy in ENERGIES:
+        if energy != 0.7:
+            found[f"published, energy {energy:g}"] = partial(lambda energy, task: methods.published(energy), energy)
+        if energy != 0.85:
+            name = f"lance, energy {energy:g}, 4 bits"
+            found[name] = partial(lambda energy, task: methods.ours(energy=energy), energy)
+    return found
+
+
+_register()
