@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import readme, suites
+from benchmarks.compare import comparison, earlier
 from benchmarks.environment import ROOT
 from benchmarks.registry import SUITES
 from benchmarks.runner import Options, existing, run
@@ -28,7 +29,16 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--output", type=Path, help="folder of the results (default benchmarks/results; build/benchmarks with --quick)"
     )
-    arguments.add_argument("--data", type=Path, help="npz file of images, for the suites that take real ones")
+    arguments.add_argument(
+        "--data", type=Path, help="images for the suites that take real ones: an npz file or a data set's folder"
+    )
+    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to measure (default cpu)")
+    arguments.add_argument(
+        "--backbone", metavar="NAME", help="pretrained network of timm or torchvision for the suite finetune"
+    )
+    arguments.add_argument(
+        "--compare", metavar="REF", help="git revision or results file; prints what was measured then, now, and ratios"
+    )
     arguments.add_argument("--restart", action="store_true", help="forget what an interrupted run has measured")
     arguments.add_argument("--list", action="store_true", help="list suites and cases and stop")
     return arguments
@@ -52,10 +62,23 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for name in matching:
         settings = Options(
-            output, options.case, options.quick, options.threads, options.seed, options.restart, options.data
+            output,
+            options.case,
+            options.quick,
+            options.threads,
+            options.seed,
+            options.restart,
+            options.data,
+            options.device,
+            options.backbone,
         )
         try:
             existing(SUITES[name], output)
+            before = earlier(options.compare, name) if options.compare else None
+            if options.device not in SUITES[name].devices:
+                raise ValueError(
+                    f"suite {name} runs on {', '.join(SUITES[name].devices)}; got --device {options.device}"
+                )
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -63,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         readme.update(output)
         for table in SUITES[name].tables(rows):
             console.print(table.rich())
+        if before is not None:
+            console.print(comparison(before, rows, options.compare).rich())
         console.print(f"written to {output / name}")
     return 0
 

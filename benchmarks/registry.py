@@ -23,7 +23,9 @@ class Context:
         environment: goes into every row.
         quick: cut the case down to a smoke test.
         seed: seed of random numbers.
-        data: file of images, for cases that want real ones.
+        data: file or folder of images, for cases that want real ones.
+        device: type of the device to measure.
+        backbone: name of a pretrained network of timm or torchvision to fine-tune in place of the benchmarks' own.
     """
 
     suite: str
@@ -32,6 +34,8 @@ class Context:
     quick: bool = False
     seed: int = 0
     data: Path | None = None
+    device: str = "cpu"
+    backbone: str | None = None
 
     @property
     def effort(self) -> Effort:
@@ -53,6 +57,7 @@ class Suite:
         cases: measuring functions by name, in the order in which they run.
         tables: tables of a list of rows.
         plot: draws a list of rows to a file.
+        devices: types of device that its cases can run on.
     """
 
     name: str
@@ -61,6 +66,7 @@ class Suite:
     cases: dict[str, Measure] = field(default_factory=dict)
     tables: Callable[[list[Row]], list[Table]] = generic_tables
     plot: Callable[[list[Row], Path], None] = generic_plot
+    devices: tuple[str, ...] = ("cpu",)
 
     def case(self, name: str) -> Callable[[Measure], Measure]:
         """Decorator that adds a measuring function under `name`.

@@ -27,7 +27,9 @@ class Options:
         threads: threads PyTorch uses within an operator.
         seed: seed of random numbers.
         restart: forget what an interrupted run has measured.
-        data: file of images, for cases that want real ones.
+        data: file or folder of images, for cases that want real ones.
+        device: type of the device to measure.
+        backbone: pretrained network of timm or torchvision for the suites that fine-tune.
     """
 
     output: Path
@@ -37,6 +39,8 @@ class Options:
     seed: int = 0
     restart: bool = False
     data: Path | None = None
+    device: str = "cpu"
+    backbone: str | None = None
 
 
 def run(suite: Suite, options: Options, say: Callable[[str], None] = print) -> list[Row]:
@@ -55,16 +59,18 @@ def run(suite: Suite, options: Options, say: Callable[[str], None] = print) -> l
         All rows of the suite's results, those of earlier runs of other cases included.
 
     Raises:
-        ValueError: no case matches the pattern, or the suite's results cannot be read.
+        ValueError: no case matches the pattern, the suite does not run on the device, or its results cannot be read.
     """
     names = suite.select(options.pattern)
     if not names:
         raise ValueError(f"suite {suite.name} has no case that matches {options.pattern!r}; it has {list(suite.cases)}")
+    if options.device not in suite.devices:
+        raise ValueError(f"suite {suite.name} runs on {', '.join(suite.devices)}; got device {options.device!r}")
     existing(suite, options.output)  # a file that cannot be read is better found before hours of measuring
     folder = options.output / suite.name
     partial = folder / "partial.json"
     torch.set_num_threads(options.threads)
-    here = environment.current()
+    here = environment.current(options.device)
     identity = _identity(options, here)
     done = {} if options.restart else _read_partial(partial, identity, say)
     if resumed := [name for name in names if name in done]:
@@ -75,7 +81,16 @@ def run(suite: Suite, options: Options, say: Callable[[str], None] = print) -> l
         if name in done:
             continue
         progress.set_postfix_str(name)
-        context = Context(suite.name, name, here, quick=options.quick, seed=options.seed, data=options.data)
+        context = Context(
+            suite.name,
+            name,
+            here,
+            quick=options.quick,
+            seed=options.seed,
+            data=options.data,
+            device=options.device,
+            backbone=options.backbone,
+        )
         torch.manual_seed(options.seed)
         done[name] = suite.cases[name](context)
         _write_partial(partial, identity, done)
@@ -140,6 +155,7 @@ def _identity(options: Options, here: environment.Environment) -> dict[str, Any]
         "quick": options.quick,
         "seed": options.seed,
         "data": options.data and options.data.name,
+        "backbone": options.backbone,
     }
 
 
