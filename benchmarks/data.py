@@ -80,12 +80,16 @@ def load(path: Path | None) -> Images:
     """Reads a data set.
 
     Args:
-        path: an npz file, CIFAR-10 as JPEG bytes or MNIST as arrays, told apart by its keys; None for
-            scikit-learn's digits.
+        path: an npz file, CIFAR-10 as JPEG bytes or MNIST as arrays, told apart by its keys; or a folder that
+            `benchmarks.folders` knows; None for scikit-learn's digits.
 
     Raises:
         DataError: the file cannot be used.
     """
+    if path is not None and path.is_dir():
+        from benchmarks.folders import read_folder
+
+        return read_folder(path)
     return digits() if path is None else read_archive(path)
 
 

@@ -82,7 +82,7 @@ def test_arrays_are_read(tmp_path: Path) -> None:
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.npz: no such file"):
         load(tmp_path / "none.npz")
-    with pytest.raises(DataError, match="is not a file"):
+    with pytest.raises(DataError, match="no known data set"):
         load(tmp_path)
 
 
