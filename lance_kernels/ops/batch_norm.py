@@ -14,7 +14,14 @@ import torch.nn.functional as F
 
 from lance_kernels.ops._checks import accumulation_dtype, check, check_floating
 from lance_kernels.ops._layout import check_order, empty_in_order, from_order, in_order, memory_order
-from lance_kernels.ops._registry import apply, below_autograd, define, not_differentiable, once_differentiable
+from lance_kernels.ops._registry import (
+    apply,
+    below_autograd,
+    define,
+    not_differentiable,
+    once_differentiable,
+    register_triton,
+)
 from lance_kernels.ops.mask import check_mask, condition, pack_bits, plain, unpack_bits
 
 
@@ -77,7 +84,7 @@ def batch_norm_relu_frozen(
     return y
 
 
-def _check_batch_norm(operator: str, x: torch.Tensor, *vectors: torch.Tensor | None) -> None:
+def check_batch_norm(operator: str, x: torch.Tensor, *vectors: torch.Tensor | None) -> None:
     check_floating(operator, "x", x)
     check(x.dim() >= 2, f"lance::{operator}: x has shape {tuple(x.shape)}; expected (B, C, ...)")
     for name, vector in zip(("weight", "bias", "mean", "var"), vectors):
@@ -163,7 +170,7 @@ def _frozen_reference(
     var: torch.Tensor,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    _check_batch_norm("batch_norm_frozen", x, weight, bias, mean, var)
+    check_batch_norm("batch_norm_frozen", x, weight, bias, mean, var)
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
 
@@ -178,7 +185,7 @@ def _frozen_autograd(
     if torch.is_grad_enabled():
         _check_frozen("batch_norm_frozen", weight, bias, mean, var)
         if x.requires_grad:
-            _check_batch_norm("batch_norm_frozen", x, weight, bias, mean, var)
+            check_batch_norm("batch_norm_frozen", x, weight, bias, mean, var)
             y: torch.Tensor = apply(_Frozen, x, weight, bias, mean, var, eps)
             return y
     with below_autograd():
@@ -194,7 +201,7 @@ def _relu_reference(
     eps: float = 1e-5,
     high: float | None = None,
 ) -> torch.Tensor:
-    _check_batch_norm("batch_norm_relu_frozen", x, weight, bias, mean, var)
+    check_batch_norm("batch_norm_relu_frozen", x, weight, bias, mean, var)
     normalised = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
     return plain(normalised, None if high is None else 0.0, high, None)
 
@@ -211,14 +218,14 @@ def _relu_autograd(
     if torch.is_grad_enabled():
         _check_frozen("batch_norm_relu_frozen", weight, bias, mean, var)
         if x.requires_grad:
-            _check_batch_norm("batch_norm_relu_frozen", x, weight, bias, mean, var)
+            check_batch_norm("batch_norm_relu_frozen", x, weight, bias, mean, var)
             y: torch.Tensor = apply(_FrozenReLU, x, weight, bias, mean, var, eps, high)
             return y
     with below_autograd():
         return batch_norm_relu_frozen(x, weight, bias, mean, var, eps, high)
 
 
-def _mask_reference(
+def mask_reference(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -228,7 +235,7 @@ def _mask_reference(
     high: float | None,
     order: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_batch_norm("batch_norm_relu_mask", x, weight, bias, mean, var)
+    check_batch_norm("batch_norm_relu_mask", x, weight, bias, mean, var)
     check_order("batch_norm_relu_mask", x, order)
     normalised = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
     low = None if high is None else 0.0
@@ -246,15 +253,15 @@ def _mask_fake(
     high: float | None,
     order: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_batch_norm("batch_norm_relu_mask", x, weight, bias, mean, var)
+    check_batch_norm("batch_norm_relu_mask", x, weight, bias, mean, var)
     check_order("batch_norm_relu_mask", x, order)
     return empty_in_order(x, order), x.new_empty([(x.numel() + 7) // 8], dtype=torch.uint8)
 
 
-def _frozen_grad_reference(
+def frozen_grad_reference(
     grad: torch.Tensor, weight: torch.Tensor | None, var: torch.Tensor, eps: float, order: Sequence[int]
 ) -> torch.Tensor:
-    _check_batch_norm("batch_norm_frozen_grad", grad, weight, None, None, var)
+    check_batch_norm("batch_norm_frozen_grad", grad, weight, None, None, var)
     check_order("batch_norm_frozen_grad", grad, order)
     return from_order(in_order(frozen_grad(grad, weight, var, eps), order), order)
 
@@ -262,20 +269,20 @@ def _frozen_grad_reference(
 def _frozen_grad_fake(
     grad: torch.Tensor, weight: torch.Tensor | None, var: torch.Tensor, eps: float, order: Sequence[int]
 ) -> torch.Tensor:
-    _check_batch_norm("batch_norm_frozen_grad", grad, weight, None, None, var)
+    check_batch_norm("batch_norm_frozen_grad", grad, weight, None, None, var)
     check_order("batch_norm_frozen_grad", grad, order)
     return empty_in_order(grad, order)
 
 
-def _check_relu_grad(
+def check_relu_grad(
     grad: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor | None, var: torch.Tensor, order: Sequence[int]
 ) -> None:
-    _check_batch_norm("batch_norm_relu_grad", grad, weight, None, None, var)
+    check_batch_norm("batch_norm_relu_grad", grad, weight, None, None, var)
     check_order("batch_norm_relu_grad", grad, order)
     check_mask("batch_norm_relu_grad", mask, grad)
 
 
-def _relu_grad_reference(
+def relu_grad_reference(
     grad: torch.Tensor,
     mask: torch.Tensor,
     weight: torch.Tensor | None,
@@ -283,7 +290,7 @@ def _relu_grad_reference(
     eps: float,
     order: Sequence[int],
 ) -> torch.Tensor:
-    _check_relu_grad(grad, mask, weight, var, order)
+    check_relu_grad(grad, mask, weight, var, order)
     flat = in_order(grad, order)
     masked = torch.where(unpack_bits(mask, flat.numel()).view(flat.shape), flat, torch.zeros_like(flat))
     return frozen_grad(from_order(masked, order), weight, var, eps)
@@ -297,7 +304,7 @@ def _relu_grad_fake(
     eps: float,
     order: Sequence[int],
 ) -> torch.Tensor:
-    _check_relu_grad(grad, mask, weight, var, order)
+    check_relu_grad(grad, mask, weight, var, order)
     return empty_in_order(grad, order)
 
 
@@ -317,19 +324,22 @@ define(
 )
 define(
     f"batch_norm_relu_mask({ARGUMENTS}, float eps, float? high, int[] order) -> (Tensor, Tensor)",
-    reference=_mask_reference,
+    reference=mask_reference,
     fake=_mask_fake,
     autograd=not_differentiable("batch_norm_relu_mask"),
 )
 define(
     "batch_norm_frozen_grad(Tensor grad, Tensor? weight, Tensor var, float eps, int[] order) -> Tensor",
-    reference=_frozen_grad_reference,
+    reference=frozen_grad_reference,
     fake=_frozen_grad_fake,
     autograd=not_differentiable("batch_norm_frozen_grad"),
 )
 define(
     "batch_norm_relu_grad(Tensor grad, Tensor mask, Tensor? weight, Tensor var, float eps, int[] order) -> Tensor",
-    reference=_relu_grad_reference,
+    reference=relu_grad_reference,
     fake=_relu_grad_fake,
     autograd=not_differentiable("batch_norm_relu_grad"),
 )
+register_triton("batch_norm_relu_mask", file="batch_norm")
+register_triton("batch_norm_frozen_grad", file="batch_norm")
+register_triton("batch_norm_relu_grad", file="batch_norm")

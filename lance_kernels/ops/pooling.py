@@ -14,7 +14,14 @@ import torch
 
 from lance_kernels.ops._checks import check, check_floating
 from lance_kernels.ops._layout import memory_format_of
-from lance_kernels.ops._registry import apply, below_autograd, define, not_differentiable, once_differentiable
+from lance_kernels.ops._registry import (
+    apply,
+    below_autograd,
+    define,
+    not_differentiable,
+    once_differentiable,
+    register_triton,
+)
 
 MAX_WINDOW = 256
 
@@ -121,7 +128,7 @@ def pooled_size(
     return out
 
 
-def _check_max_pool(
+def check_max_pool(
     x: torch.Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> int:
     spatial = _spatial("max_pool", x, kernel)
@@ -164,7 +171,7 @@ def _coordinates(
     return indices // inner % size[dim], start
 
 
-def _max_pool_offsets_reference(
+def max_pool_offsets_reference(
     x: torch.Tensor,
     kernel: Sequence[int],
     stride: Sequence[int],
@@ -172,7 +179,7 @@ def _max_pool_offsets_reference(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    spatial = _check_max_pool(x, kernel, stride, padding, dilation)
+    spatial = check_max_pool(x, kernel, stride, padding, dilation)
     y, indices = _plain_max_pool(x, kernel, stride, padding, dilation, ceil_mode)
     size = x.shape[-spatial:]
     offsets = torch.zeros_like(indices)
@@ -190,14 +197,14 @@ def _max_pool_offsets_fake(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    spatial = _check_max_pool(x, kernel, stride, padding, dilation)
+    spatial = check_max_pool(x, kernel, stride, padding, dilation)
     size = pooled_size(x.shape[-spatial:], kernel, stride, padding, dilation, ceil_mode)
     shape = [*x.shape[:-spatial], *size]
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     return y, torch.empty_like(y, dtype=torch.uint8)
 
 
-def _max_pool_grad_reference(
+def max_pool_grad_reference(
     grad: torch.Tensor,
     offsets: torch.Tensor,
     size: Sequence[int],
@@ -278,7 +285,7 @@ def _max_pool_reference(
     dilation: Sequence[int],
     ceil_mode: bool = False,
 ) -> torch.Tensor:
-    _check_max_pool(x, kernel, stride, padding, dilation)
+    check_max_pool(x, kernel, stride, padding, dilation)
     return _plain_max_pool(x, kernel, stride, padding, dilation, ceil_mode)[0]
 
 
@@ -384,14 +391,14 @@ def _adaptive_autograd(x: torch.Tensor, output_size: Sequence[int]) -> torch.Ten
 define(
     "max_pool_offsets(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode) "
     "-> (Tensor, Tensor)",
-    reference=_max_pool_offsets_reference,
+    reference=max_pool_offsets_reference,
     fake=_max_pool_offsets_fake,
     autograd=not_differentiable("max_pool_offsets"),
 )
 define(
     "max_pool_grad(Tensor grad, Tensor offsets, int[] size, int[] kernel, int[] stride, int[] padding, int[] dilation, "
     "bool ceil_mode) -> Tensor",
-    reference=_max_pool_grad_reference,
+    reference=max_pool_grad_reference,
     fake=_max_pool_grad_fake,
     autograd=not_differentiable("max_pool_grad"),
 )
@@ -414,3 +421,5 @@ define(
     fake=_adaptive_reference,
     autograd=_adaptive_autograd,
 )
+register_triton("max_pool_offsets", file="pooling")
+register_triton("max_pool_grad", file="pooling")

@@ -14,7 +14,7 @@ import torch
 
 from lance_kernels.ops._checks import accumulation_dtype, check, check_floating
 from lance_kernels.ops._layout import check_order, empty_in_order, from_order, in_order
-from lance_kernels.ops._registry import define, not_differentiable
+from lance_kernels.ops._registry import define, not_differentiable, register_triton
 
 
 def quantize_rows(
@@ -58,7 +58,7 @@ def dequantize_rows(
     return out
 
 
-def _check_quantize(x: torch.Tensor, center: torch.Tensor | None, outer: int, rows: int, order: Sequence[int]) -> None:
+def check_quantize(x: torch.Tensor, center: torch.Tensor | None, outer: int, rows: int, order: Sequence[int]) -> None:
     check_floating("quantize_rows", "x", x)
     check_order("quantize_rows", x, order)
     check(
@@ -71,10 +71,10 @@ def _check_quantize(x: torch.Tensor, center: torch.Tensor | None, outer: int, ro
     )
 
 
-def _quantize_reference(
+def quantize_reference(
     x: torch.Tensor, center: torch.Tensor | None, outer: int, rows: int, order: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_quantize(x, center, outer, rows, order)
+    check_quantize(x, center, outer, rows, order)
     if x.numel() == 0:
         return x.new_empty([0], dtype=torch.int8), x.new_zeros([rows], dtype=torch.float32)
     flat = in_order(x, order).view(outer, rows, -1).to(accumulation_dtype(x.dtype))
@@ -90,11 +90,11 @@ def _quantize_reference(
 def _quantize_fake(
     x: torch.Tensor, center: torch.Tensor | None, outer: int, rows: int, order: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_quantize(x, center, outer, rows, order)
+    check_quantize(x, center, outer, rows, order)
     return x.new_empty([x.numel()], dtype=torch.int8), x.new_empty([rows], dtype=torch.float32)
 
 
-def _check_dequantize(
+def check_dequantize(
     codes: torch.Tensor, steps: torch.Tensor, outer: int, like: torch.Tensor, order: Sequence[int]
 ) -> None:
     check_floating("dequantize_rows", "like", like)
@@ -111,10 +111,10 @@ def _check_dequantize(
     )
 
 
-def _dequantize_reference(
+def dequantize_reference(
     codes: torch.Tensor, steps: torch.Tensor, outer: int, like: torch.Tensor, order: Sequence[int]
 ) -> torch.Tensor:
-    _check_dequantize(codes, steps, outer, like, order)
+    check_dequantize(codes, steps, outer, like, order)
     shape = [like.shape[dim] for dim in order]
     if like.numel() == 0:
         return from_order(like.new_empty(shape), order)
@@ -125,7 +125,7 @@ def _dequantize_reference(
 def _dequantize_fake(
     codes: torch.Tensor, steps: torch.Tensor, outer: int, like: torch.Tensor, order: Sequence[int]
 ) -> torch.Tensor:
-    _check_dequantize(codes, steps, outer, like, order)
+    check_dequantize(codes, steps, outer, like, order)
     return empty_in_order(like, order)
 
 
@@ -136,13 +136,15 @@ def placeholder(shape: Sequence[Any], like: torch.Tensor) -> torch.Tensor:
 
 define(
     "quantize_rows(Tensor x, Tensor? center, SymInt outer, SymInt rows, int[] order) -> (Tensor, Tensor)",
-    reference=_quantize_reference,
+    reference=quantize_reference,
     fake=_quantize_fake,
     autograd=not_differentiable("quantize_rows"),
 )
 define(
     "dequantize_rows(Tensor codes, Tensor steps, SymInt outer, Tensor like, int[] order) -> Tensor",
-    reference=_dequantize_reference,
+    reference=dequantize_reference,
     fake=_dequantize_fake,
     autograd=not_differentiable("dequantize_rows"),
 )
+register_triton("quantize_rows")
+register_triton("dequantize_rows", file="quantize_rows")

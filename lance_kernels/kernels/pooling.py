@@ -1,0 +1,229 @@
+"""Max pooling whose windows' largest elements are kept as one byte each, in Triton.
+
+Offset `p` of an output element is the place of its window's largest element within the window, counted over the
+kernel's axes, the last fastest. In backward every input element gathers from the windows over it, in the outputs'
+order, so that nothing is added atomically.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from lance_kernels.ops._checks import check
+from lance_kernels.ops._layout import memory_format_of
+from lance_kernels.ops.pooling import (
+    check_max_pool,
+    max_pool_grad_reference,
+    max_pool_offsets_reference,
+    pooled_size,
+)
+
+BLOCK = 1024
+
+
+@triton.jit
+def split(index, channels, depth, height, width, CHANNELS_LAST: tl.constexpr):
+    """Image, channel and position of flat indices into a contiguous or channels_last batch."""
+    if CHANNELS_LAST:
+        channel = index % channels
+        rest = index // channels
+    else:
+        channel = index * 0
+        rest = index
+    w = rest % width
+    rest = rest // width
+    h = rest % height
+    rest = rest // height
+    d = rest % depth
+    image = rest // depth
+    if not CHANNELS_LAST:
+        channel = image % channels
+        image = image // channels
+    return image, channel, d, h, w
+
+
+@triton.jit
+def place(image, channel, d, h, w, channels, depth, height, width, CHANNELS_LAST: tl.constexpr):
+    """The flat index of an element."""
+    if CHANNELS_LAST:
+        result = (((image * depth + d) * height + h) * width + w) * channels + channel
+    else:
+        result = (((image * channels + channel) * depth + d) * height + h) * width + w
+    return result
+
+
+@triton.jit
+def offsets_kernel(
+    x,
+    y,
+    offsets,
+    total,  # elements of y
+    channels,
+    in_depth,
+    in_height,
+    in_width,
+    out_depth,
+    out_height,
+    out_width,
+    CHANNELS_LAST: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    WINDOW: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    image, channel, od, oh, ow = split(index, channels, out_depth, out_height, out_width, CHANNELS_LAST)
+    best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+    at = tl.full([BLOCK], -1, dtype=tl.int32)
+    for p in range(WINDOW):
+        d = od * STRIDE[0] - PADDING[0] + p // (KERNEL[1] * KERNEL[2]) * DILATION[0]
+        h = oh * STRIDE[1] - PADDING[1] + p // KERNEL[2] % KERNEL[1] * DILATION[1]
+        w = ow * STRIDE[2] - PADDING[2] + p % KERNEL[2] * DILATION[2]
+        valid = (d >= 0) & (d < in_depth) & (h >= 0) & (h < in_height) & (w >= 0) & (w < in_width) & (index < total)
+        source = place(image, channel, d, h, w, channels, in_depth, in_height, in_width, CHANNELS_LAST)
+        value = tl.load(x + source, mask=valid, other=0.0).to(tl.float32)
+        # The first of equals wins, the last of NaNs; a window of -inf is its first element.
+        better = valid & ((value > best) | (value != value) | (at < 0))
+        best = tl.where(better, value, best)
+        at = tl.where(better, p, at)
+    tl.store(y + index, best.to(y.dtype.element_ty), mask=index < total)
+    tl.store(offsets + index, at.to(tl.uint8), mask=index < total)
+
+
+@triton.jit
+def grad_kernel(
+    grad,
+    offsets,
+    out,
+    total,  # elements of out
+    channels,
+    in_depth,
+    in_height,
+    in_width,
+    out_depth,
+    out_height,
+    out_width,
+    CHANNELS_LAST: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    WINDOW: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    image, channel, d, h, w = split(index, channels, in_depth, in_height, in_width, CHANNELS_LAST)
+    total_grad = tl.zeros([BLOCK], dtype=tl.float32)
+    for back in range(WINDOW):
+        p = WINDOW - 1 - back  # later places belong to earlier windows
+        from_d = d + PADDING[0] - p // (KERNEL[1] * KERNEL[2]) * DILATION[0]
+        from_h = h + PADDING[1] - p // KERNEL[2] % KERNEL[1] * DILATION[1]
+        from_w = w + PADDING[2] - p % KERNEL[2] * DILATION[2]
+        od, oh, ow = from_d // STRIDE[0], from_h // STRIDE[1], from_w // STRIDE[2]
+        valid = (from_d >= 0) & (from_h >= 0) & (from_w >= 0) & (index < total)
+        valid = valid & (from_d % STRIDE[0] == 0) & (from_h % STRIDE[1] == 0) & (from_w % STRIDE[2] == 0)
+        valid = valid & (od < out_depth) & (oh < out_height) & (ow < out_width)
+        source = place(image, channel, od, oh, ow, channels, out_depth, out_height, out_width, CHANNELS_LAST)
+        chosen = valid & (tl.load(offsets + source, mask=valid, other=0).to(tl.int32) == p)
+        total_grad += tl.load(grad + source, mask=chosen, other=0.0).to(tl.float32)
+    tl.store(out + index, total_grad.to(out.dtype.element_ty), mask=index < total)
+
+
+def _three(values: Sequence[int], fill: int) -> tuple[int, int, int]:
+    """Values of two or three spatial dimensions as those of three."""
+    return (fill, *values) if len(values) == 2 else tuple(values)  # type: ignore[return-value]
+
+
+def _window(
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> dict[str, tuple[int, int, int]]:
+    return {
+        "KERNEL": _three(kernel, 1),
+        "STRIDE": _three(stride, 1),
+        "PADDING": _three(padding, 0),
+        "DILATION": _three(dilation, 1),
+    }
+
+
+def _channels(shape: Sequence[int], spatial: int, last: bool) -> int:
+    """Channels where they are the fastest dimension; else images and channels are one dimension."""
+    return shape[-spatial - 1] if last else math.prod(shape[:-spatial])
+
+
+def max_pool_offsets(
+    x: torch.Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`lance::max_pool_offsets`; float64 takes the reference."""
+    if x.dtype == torch.float64:
+        return max_pool_offsets_reference(x, kernel, stride, padding, dilation, ceil_mode)
+    spatial = check_max_pool(x, kernel, stride, padding, dilation)
+    memory_format = memory_format_of(x)
+    last = memory_format != torch.contiguous_format
+    size = pooled_size(x.shape[-spatial:], kernel, stride, padding, dilation, ceil_mode)
+    shape = [*x.shape[:-spatial], *size]
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    offsets = torch.empty_like(y, dtype=torch.uint8)
+    if y.numel():
+        offsets_kernel[(triton.cdiv(y.numel(), BLOCK),)](
+            x.contiguous(memory_format=memory_format),
+            y,
+            offsets,
+            y.numel(),
+            _channels(shape, spatial, last),
+            *_three(x.shape[-spatial:], 1),
+            *_three(size, 1),
+            CHANNELS_LAST=last,
+            **_window(kernel, stride, padding, dilation),
+            BLOCK=BLOCK,
+        )
+    return y, offsets
+
+
+def max_pool_grad(
+    grad: torch.Tensor,
+    offsets: torch.Tensor,
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> torch.Tensor:
+    """`lance::max_pool_grad`; float64 takes the reference."""
+    if grad.dtype == torch.float64:
+        return max_pool_grad_reference(grad, offsets, size, kernel, stride, padding, dilation, ceil_mode)
+    check(
+        grad.shape == offsets.shape,
+        f"lance::max_pool_grad: grad has shape {tuple(grad.shape)}, offsets {tuple(offsets.shape)}; expected the same",
+    )
+    spatial = len(size)
+    memory_format = memory_format_of(offsets)
+    last = memory_format != torch.contiguous_format
+    shape = [*grad.shape[:-spatial], *size]
+    out = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+    if out.numel():
+        grad_kernel[(triton.cdiv(out.numel(), BLOCK),)](
+            grad.contiguous(memory_format=memory_format),
+            offsets.contiguous(memory_format=memory_format),
+            out,
+            out.numel(),
+            _channels(shape, spatial, last),
+            *_three(size, 1),
+            *_three(grad.shape[-spatial:], 1),
+            CHANNELS_LAST=last,
+            **_window(kernel, stride, padding, dilation),
+            BLOCK=BLOCK,
+        )
+    return out
