@@ -14,8 +14,9 @@ from torch import nn
 
 import lance_kernels as lance
 from benchmarks.data import load
-from benchmarks.finetune import Recipe, batches, loss_of, train
-from benchmarks.network import ResidualNetwork, freeze_for_fine_tuning, train_mode
+from benchmarks.finetune import Recipe, batches, loss_of
+from benchmarks.network import freeze_for_fine_tuning, train_mode
+from benchmarks.pretrained import pretrained
 from benchmarks.registry import Context
 from benchmarks.results import Row, make_rows
 from benchmarks.suites.memory import SUITE
@@ -44,13 +45,10 @@ class Network:
 
     def __init__(self, data: Path | None, quick: bool, seed: int) -> None:
         images = load(data)
-        first, self.data = images.halves()
+        _, self.data = images.halves()
         small = images.train.images.shape[-1] <= 16
-        widths, depths = ((32, 64, 128), (1, 1, 2)) if small else ((32, 64, 128, 256), (1, 1, 1, 2))
-        torch.manual_seed(seed)
-        self.model = ResidualNetwork(images.train.images.shape[1], first.classes, widths, depths)
         epochs = 1 if quick else 8 if small else 6
-        train(self.model, first, Recipe(epochs, BATCH, 0.05), seed, "pretrain", frozen_norms=False)
+        self.model = pretrained(images, Recipe(epochs, BATCH, 0.05), seed)
         self.model.replace_head(self.data.classes, torch.Generator().manual_seed(seed))
         self.names = freeze_for_fine_tuning(self.model, "last4")
         train_mode(self.model, frozen_norms=True)

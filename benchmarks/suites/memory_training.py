@@ -61,8 +61,8 @@ def transformer(images: Images) -> nn.Module:
 
 
 NETWORKS: dict[str, tuple[Callable[[Images], nn.Module], Recipe]] = {
-    "residual network": (residual_network, Recipe(5, 64, 0.05)),
-    "vision transformer": (transformer, Recipe(5, 64, 0.02)),
+    "residual network": (residual_network, Recipe(3, 64, 0.05)),
+    "vision transformer": (transformer, Recipe(3, 64, 0.02)),
 }
 
 
