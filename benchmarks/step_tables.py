@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from benchmarks.results import Row
-from benchmarks.tables import Table, bytes_text, ratio_text, significant, value_text
+from benchmarks.tables import (
+    Table,
+    bytes_text,
+    environment_text,
+    new_figure,
+    ratio_text,
+    save_figure,
+    significant,
+    value_text,
+)
 
 
 def step_tables(rows: list[Row]) -> list[Table]:
@@ -60,3 +71,30 @@ def _cells(method: str, values: dict[tuple[str, str], Row]) -> list[str]:
         "-" if apart is None else value_text(apart.median, "s"),
         "-" if calibration is None else value_text(calibration.median, "s"),
     ]
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """One table a case, the environment below the last."""
+    found = step_tables(rows)
+    if found:
+        found[-1].caption += f"\n{environment_text(rows)}"
+    return found
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Time of a step over plain's against the bytes it holds over plain's, one mark a method and case."""
+    figure, axes = new_figure(width=9.0, height=5.0)
+    ratios = {(row.case, row.method, row.quantity): row.ratio_median for row in rows}
+    for method in dict.fromkeys(row.method for row in rows):
+        points = [
+            (ratios[case, method, "held bytes"], ratios[case, method, "step time"])
+            for case, other, quantity in ratios
+            if other == method and quantity == "step time" and ratios[case, method, "step time"] is not None
+        ]
+        if points:
+            axes.plot([held for held, _ in points], [time for _, time in points], "o", label=method, markersize=4)
+    axes.set_xscale("log")
+    axes.set_xlabel("bytes held by autograd over plain's")
+    axes.set_ylabel("time of a step over plain's")
+    axes.legend(fontsize=7)
+    save_figure(figure, path)

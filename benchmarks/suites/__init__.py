@@ -4,20 +4,26 @@ from benchmarks.suites import (
     cpu,
     cpu_models,
     finetune,
+    layers,
     memory,
     memory_budget,
     memory_curve,
     memory_peak,
     memory_training,
+    models,
+    ops,
 )
 
 __all__ = [
     "cpu",
     "cpu_models",
     "finetune",
+    "layers",
     "memory",
     "memory_budget",
     "memory_curve",
     "memory_peak",
     "memory_training",
+    "models",
+    "ops",
 ]

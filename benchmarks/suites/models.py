@@ -1,0 +1,92 @@
+"""Suite `models`: whole training steps of `transformers` models, their last two, last four or all layers trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from benchmarks import methods
+from benchmarks.methods import Batch, Method
+from benchmarks.methods.steps import measure_steps
+from benchmarks.models import MODELS, frozen_norms, natural_images
+from benchmarks.registry import Context, Suite, register
+from benchmarks.results import Row
+from benchmarks.step_tables import plot, tables
+
+BATCH, SIZE = 8, 224
+# What operations and time of ours over plain's should be at most on ResNet-18, by trained layers.
+OPERATIONS = {"last4": 0.87, "all": 0.75}
+TIMES = {"last4": 0.95, "all": 0.8}
+
+SUITE = register(
+    Suite(
+        "models",
+        "Training steps of whole models",
+        "python -m benchmarks --suite models --threads 1",
+        tables=tables,
+        plot=plot,
+    )
+)
+
+MAKERS: dict[str, Callable[[], Method]] = {
+    "plain": methods.plain,
+    "checkpointed by block": methods.checkpointed,
+    "published": methods.published,
+    "lance": methods.ours,
+    "lance, energy 0.7": partial(methods.ours, energy=0.7),
+    "lance, no companions": partial(methods.ours, companions="none"),
+    "HOSVD every step": methods.hosvd,
+    "ASI": methods.asi,
+    "gradient filtering, R=4": methods.gradient_filtering,
+    "LoRA, rank 8": methods.lora,
+}
+CHOICES = {
+    "ResNet-18": ("last2", "last4", "all"),
+    "MobileNetV2": ("last4",),
+    "DeiT-Tiny": ("last2", "last4", "all"),
+}
+
+
+def choose_layers(model: nn.Module, layers: str) -> list[str]:
+    """Leaves a model's classifier and its last layers trainable and freezes everything else.
+
+    Args:
+        model: a classifier whose last linear layer is its head.
+        layers: `last2`, `last4` or `all` of the linear and convolution layers but the head.
+
+    Returns:
+        Names of the trained layers without the head.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    chosen = names[:-1] if layers == "all" else names[:-1][-int(layers.removeprefix("last")) :]
+    model.requires_grad_(False)
+    for name in (*chosen, names[-1]):
+        model.get_submodule(name).requires_grad_(True)
+    return chosen
+
+
+def case(name: str, layers: str, context: Context) -> list[Row]:
+    """Every method on one model; the first gradient that is asked for is that of the first trained layer's weight."""
+    torch.manual_seed(context.seed)
+    model = frozen_norms(MODELS[name]())
+    names = choose_layers(model, layers)
+    batch, size = (2, 64) if context.quick and name != "DeiT-Tiny" else (2 if context.quick else BATCH, SIZE)
+    labels = torch.arange(batch) % 100
+    loader: list[Batch] = [(natural_images(batch, size, context.seed + index), labels) for index in range(3)]
+    targets = {"operations": OPERATIONS.get(layers), "step time": TIMES.get(layers)}
+    chosen = {
+        quantity: {"lance": value} for quantity, value in targets.items() if value is not None and name == "ResNet-18"
+    }
+    return measure_steps(context, model, names, loader, MAKERS, chosen)
+
+
+def _register() -> None:
+    for name, choices in CHOICES.items():
+        for layers in choices:
+            SUITE.case(f"step: {name}, {layers}")(partial(case, name, layers))
+
+
+_register()
