@@ -68,23 +68,25 @@ class Protection:
             probes = self.basis.expand(combinations).mT.contiguous()
             self.probes = probes.to(self.product.dtype)
             # With the rounded combinations, so that rounding them moves nothing.
-            self.targets = (wide @ self.probes.double()).to(self.product.dtype)
+            self.targets = wide @ self.probes.double()
         self.product = self.product.to(self.basis.packed.device)
 
     def moved(self) -> torch.Tensor:
         """How far the weight's protected part is from what it must be, over its norm and the threshold; 0-dim."""
-        weight = self._weight()
         if self.probes is None or self.targets is None:
-            return weight.new_tensor(torch.inf)
-        away: torch.Tensor = (weight @ self.probes - self.targets).norm() / PROBES**0.5
+            return self.layer.weight.new_tensor(torch.inf)
+        # In float32, these sums round by more than the threshold.
+        weight = self._weight(torch.float64)
+        away: torch.Tensor = (weight @ self.probes.double() - self.targets).norm() / PROBES**0.5
         return away.div(ROUNDINGS * torch.finfo(self.layer.weight.dtype).eps * weight.norm())
 
     def restore_(self) -> None:
         """Brings the weight back."""
         assert self.product is not None
-        difference = self.basis.components(self._weight()) - self.product.to(self.layer.weight.device)
-        weight = self.layer.weight.detach()
-        weight -= self.basis.expand(difference).reshape(weight.shape)
+        # In float32, reflections round by more than the threshold, and every later step would bring it back again.
+        wide = self._weight(torch.float64)
+        wide -= self.basis.expand(self.basis.components(wide) - self.product.to(wide.device))
+        self.layer.weight.detach().copy_(wide.view_as(self.layer.weight))
 
     def project(self, grad: torch.Tensor) -> torch.Tensor:
         """The part of a weight's gradient along free directions."""
