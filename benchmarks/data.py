@@ -59,6 +59,11 @@ class Images:
     test: Split
     classes: int
 
+    def to(self, device: str) -> Images:
+        """The same on another device."""
+        train, test = (Split(part.images.to(device), part.labels.to(device)) for part in (self.train, self.test))
+        return Images(self.name, train, test, self.classes)
+
     def halves(self) -> tuple[Images, Images]:
         """The first half of the classes and the rest, scaled by mean and deviation of the first's training images."""
         first, second = range(self.classes // 2), range(self.classes // 2, self.classes)

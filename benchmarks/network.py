@@ -62,11 +62,31 @@ class ResidualNetwork(nn.Module):
 
     def replace_head(self, classes: int, generator: torch.Generator) -> None:
         """Starts a new head, its weights drawn from `generator`."""
-        self.head = nn.Linear(self.head.in_features, classes)
-        bound = self.head.in_features**-0.5
-        with torch.no_grad():
-            self.head.weight.uniform_(-bound, bound, generator=generator)
-            self.head.bias.zero_()
+        restart_head(self, classes, generator)
+
+
+def restart_head(model: nn.Module, classes: int, generator: torch.Generator) -> None:
+    """Gives a network a new last linear layer, its weights drawn from `generator`.
+
+    Args:
+        model: the network; its last linear layer is its head.
+        classes: outputs of the head.
+        generator: source of the weights.
+
+    Raises:
+        ValueError: the network has no linear layer.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise ValueError(f"restart_head: {type(model).__name__} has no linear layer; expected a classifier")
+    old = model.get_submodule(linears[-1])
+    assert isinstance(old, nn.Linear)
+    head = nn.Linear(old.in_features, classes)
+    bound = old.in_features**-0.5
+    with torch.no_grad():
+        head.weight.uniform_(-bound, bound, generator=generator)
+        head.bias.zero_()
+    model.set_submodule(linears[-1], head.to(old.weight.device))
 
 
 def convolutions(model: nn.Module) -> list[str]:

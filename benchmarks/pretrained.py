@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -10,11 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from benchmarks.data import Images
 from benchmarks.environment import ROOT
 from benchmarks.finetune import Recipe, train
-from benchmarks.network import ResidualNetwork
+from benchmarks.network import ResidualNetwork, restart_head
 
 FOLDER = ROOT / "build" / "pretrained"
 
@@ -65,3 +68,29 @@ def pretrained(
     torch.save(model.state_dict(), temporary)
     temporary.replace(path)
     return model
+
+
+def backbone(name: str, classes: int) -> nn.Module:
+    """A network with the weights that timm or torchvision has for it, and a head for `classes`.
+
+    Args:
+        name: its name in timm or, where timm is not installed or lacks it, in torchvision.
+        classes: outputs of the new head.
+
+    Raises:
+        ValueError: neither library is installed, or neither has the network.
+    """
+    installed = [library for library in ("timm", "torchvision") if importlib.util.find_spec(library) is not None]
+    if "timm" in installed:
+        timm = importlib.import_module("timm")
+        if timm.is_model(name):
+            made: nn.Module = timm.create_model(name, pretrained=True, num_classes=classes)
+            return made
+    if "torchvision" in installed:
+        known = importlib.import_module("torchvision.models")
+        if name in known.list_models():
+            model: nn.Module = known.get_model(name, weights="DEFAULT")
+            restart_head(model, classes, torch.Generator().manual_seed(0))
+            return model
+    have = f"installed: {', '.join(installed)}" if installed else "neither timm nor torchvision is installed"
+    raise ValueError(f"backbone: no pretrained network named {name!r}; {have}")

@@ -107,7 +107,8 @@ def _times(
         for layer in kept_layers(model).values():
             layer.seconds = 0.0
     gc.collect()
-    samples = interleave(functions, context.effort, seed=context.seed)
+    wait = torch.cuda.synchronize if context.device == "cuda" else None
+    samples = interleave(functions, context.effort, synchronize=wait, seed=context.seed)
     apart = {}
     for name, model in prepared.items():
         layers = kept_layers(model)

@@ -20,11 +20,12 @@ from benchmarks.data import Images, Split, load
 from benchmarks.finetune import Recipe, batches, train
 from benchmarks.methods import Batch, Method
 from benchmarks.methods.steps import measure_steps
-from benchmarks.network import ResidualNetwork, freeze_for_fine_tuning, train_mode
-from benchmarks.pretrained import pretrained
+from benchmarks.network import freeze_for_fine_tuning, restart_head, train_mode
+from benchmarks.pretrained import backbone, pretrained
 from benchmarks.registry import Context, Suite, register
 from benchmarks.results import Row, make_rows
 from benchmarks.suites import finetune_tables
+from benchmarks.suites.models import choose_layers
 
 PRETRAIN = Recipe(6, 64, 0.05)
 SHORT, LONG, PAPERS = "3 epochs", "15 epochs", "paper's recipe"
@@ -43,6 +44,7 @@ SUITE = register(
         "python -m benchmarks --suite finetune --data PATH --threads 1",
         tables=finetune_tables.tables,
         plot=finetune_tables.plot,
+        devices=("cpu", "cuda"),
     )
 )
 
@@ -58,9 +60,9 @@ class Task:
         seed: seed of head and order.
     """
 
-    def __init__(self, start: ResidualNetwork, names: list[str], data: Images, recipe: Recipe, seed: int) -> None:
+    def __init__(self, start: nn.Module, names: list[str], data: Images, recipe: Recipe, seed: int) -> None:
         self.model, self.names, self.data, self.recipe, self.seed = copy.deepcopy(start), names, data, recipe, seed
-        self.model.replace_head(data.classes, torch.Generator().manual_seed(seed))
+        restart_head(self.model, data.classes, torch.Generator().manual_seed(seed))
         train_mode(self.model, frozen_norms=True)
 
     @cached_property
@@ -86,19 +88,28 @@ class Task:
 
 
 @cache
-def parts(data: Path | None, layers: str, quick: bool, seed: int) -> tuple[ResidualNetwork, list[str], Images]:
+def parts(
+    data: Path | None, layers: str, quick: bool, seed: int, device: str = "cpu", name: str | None = None
+) -> tuple[nn.Module, list[str], Images]:
     """The pretrained network cut before its first trained block, and what the part before makes of the data.
 
+    A backbone of timm or torchvision stays whole, and is fine-tuned on all classes.
+
     Args:
-        data: file of images.
+        data: file or folder of images.
         layers: `last2`, `last4` or `all`.
         quick: pretrain a tiny network shortly.
         seed: of pretraining.
+        device: where both are put.
+        name: of a backbone; None for the benchmarks' own network.
 
     Returns:
-        The part to train, names of its convolutions, and the second half of the classes as its inputs.
+        The part to train, names of its layers, and the second half of the classes as its inputs.
     """
     images = load(data)
+    if name is not None:
+        whole = backbone(name, images.classes).to(device)
+        return whole, choose_layers(whole, layers), _scaled(images, device)
     if quick:
         model = pretrained(images, Recipe(4, 32, 0.05), seed, widths=(8, 8, 16), depths=(1, 1, 2))
     else:
@@ -106,7 +117,7 @@ def parts(data: Path | None, layers: str, quick: bool, seed: int) -> tuple[Resid
     _, second = images.halves()
     chosen = freeze_for_fine_tuning(model, layers)
     if layers == "all":
-        return model, chosen, second
+        return model.to(device), chosen, second.to(device)
     first = int(chosen[0].split(".")[1])
     trunk = nn.Sequential(model.stem, model.blocks[:first]).eval()
     model.stem, model.blocks = nn.Identity(), model.blocks[first:]  # a slice keeps the blocks' names
@@ -115,13 +126,23 @@ def parts(data: Path | None, layers: str, quick: bool, seed: int) -> tuple[Resid
         with torch.no_grad():
             return Split(torch.cat([trunk(part) for part in split.images.split(256)]), split.labels)
 
-    return model, chosen, Images(second.name, through(second.train), through(second.test), second.classes)
+    cut = Images(second.name, through(second.train), through(second.test), second.classes)
+    return model.to(device), chosen, cut.to(device)
+
+
+def _scaled(images: Images, device: str) -> Images:
+    """All classes, scaled by mean and deviation of the training images."""
+    mean = images.train.images.mean((0, 2, 3), keepdim=True)
+    deviation = images.train.images.std((0, 2, 3), keepdim=True)
+    train, test = (Split((part.images - mean) / deviation, part.labels) for part in (images.train, images.test))
+    return Images(images.name, train, test, images.classes).to(device)
 
 
 def task(context: Context, layers: str, recipe: str, seed: int) -> Task:
     """The task of one seed of fine-tuning; all seeds start from the one network of the context's seed."""
     chosen = Recipe(1, 64, 0.01) if context.quick else RECIPES[recipe]
-    return Task(*parts(context.data, layers, context.quick, context.seed), chosen, seed)
+    made = parts(context.data, layers, context.quick, context.seed, context.device, context.backbone)
+    return Task(*made, chosen, seed)
 
 
 Make = Callable[[Task], Method]

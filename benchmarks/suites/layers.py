@@ -24,6 +24,7 @@ SUITE = register(
         "python -m benchmarks --suite layers",
         tables=tables,
         plot=plot,
+        devices=("cpu", "cuda"),
     )
 )
 
@@ -111,10 +112,10 @@ def inputs(size: tuple[int, ...], seed: int) -> torch.Tensor:
 def case(shape: Shape, context: Context) -> list[Row]:
     """Every method on one layer."""
     torch.manual_seed(context.seed)
-    model = Single(shape.make())
+    model = Single(shape.make()).to(context.device)
     size = (2, *shape.size[1:]) if context.quick and shape.size[0] > 1 else shape.size
-    labels = torch.arange(size[0]) % 10
-    loader: list[Batch] = [(inputs(size, context.seed + index), labels) for index in range(3)]
+    labels = torch.arange(size[0], device=context.device) % 10
+    loader: list[Batch] = [(inputs(size, context.seed + index).to(context.device), labels) for index in range(3)]
     return measure_steps(context, model, ["layer"], loader, MAKERS)
 
 

@@ -28,6 +28,7 @@ SUITE = register(
         "python -m benchmarks --suite models --threads 1",
         tables=tables,
         plot=plot,
+        devices=("cpu", "cuda"),
     )
 )
 
@@ -71,11 +72,12 @@ def choose_layers(model: nn.Module, layers: str) -> list[str]:
 def case(name: str, layers: str, context: Context) -> list[Row]:
     """Every method on one model; the first gradient that is asked for is that of the first trained layer's weight."""
     torch.manual_seed(context.seed)
-    model = frozen_norms(MODELS[name]())
+    model = frozen_norms(MODELS[name]()).to(context.device)
     names = choose_layers(model, layers)
     batch, size = (2, 64) if context.quick and name != "DeiT-Tiny" else (2 if context.quick else BATCH, SIZE)
-    labels = torch.arange(batch) % 100
-    loader: list[Batch] = [(natural_images(batch, size, context.seed + index), labels) for index in range(3)]
+    labels = torch.arange(batch, device=context.device) % 100
+    images = [natural_images(batch, size, context.seed + index).to(context.device) for index in range(3)]
+    loader: list[Batch] = [(one, labels) for one in images]
     targets = {"operations": OPERATIONS.get(layers), "step time": TIMES.get(layers)}
     chosen = {
         quantity: {"lance": value} for quantity, value in targets.items() if value is not None and name == "ResNet-18"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import environment, methods
 from benchmarks.data import digits
 from benchmarks.finetune import Recipe
-from benchmarks.pretrained import pretrained
+from benchmarks.pretrained import backbone, pretrained
 from benchmarks.registry import Context
 from benchmarks.results import Row, make_rows
-from benchmarks.suites import finetune, finetune_tables
+from benchmarks.suites import finetune, finetune_tables, models
 
 
 def context(case: str) -> Context:
@@ -112,3 +117,57 @@ def test_claims_are_met_and_missed_as_the_rows_say() -> None:
         "accuracy of ours minus plain's": "missed",  # -1.17
         "accuracy of ours at 100x (0.1 kB) minus the best rival's": "met",
     }
+
+
+class FakeLibrary(ModuleType):
+    """Stands in for timm or torchvision.models: networks by name, and what was asked of them."""
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        super().__init__(name)
+        self.known = known
+        self.__spec__ = ModuleSpec(name, None)
+
+    def is_model(self, name: str) -> bool:
+        return name in self.known
+
+    def list_models(self) -> list[str]:
+        return self.known
+
+    def create_model(self, name: str, pretrained: bool, num_classes: int) -> nn.Module:
+        assert pretrained
+        return nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.Linear(6, num_classes))
+
+    def get_model(self, name: str, weights: str) -> nn.Module:
+        assert weights == "DEFAULT"
+        return nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.Linear(6, 1000))
+
+
+def test_backbones_come_from_the_library_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", FakeLibrary("timm", ["one"]))
+    monkeypatch.setitem(sys.modules, "torchvision", FakeLibrary("torchvision", []))
+    monkeypatch.setitem(sys.modules, "torchvision.models", FakeLibrary("torchvision.models", ["one", "two"]))
+    for name in ("one", "two"):
+        model = backbone(name, 5)
+        assert model[2].out_features == 5
+        assert models.choose_layers(model, "all") == ["1"]
+    with pytest.raises(ValueError, match="'three'; installed: timm, torchvision"):
+        backbone("three", 5)
+
+
+def test_without_a_library_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="neither timm nor torchvision is installed"):
+        backbone("one", 5)
+
+
+def test_a_backbone_is_fine_tuned_whole_on_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    )
+    monkeypatch.setattr(finetune, "backbone", lambda name, classes: made)
+    model, names, data = finetune.parts(None, "all", True, 0, "cpu", "any")
+    assert (model, names, data.classes) == (made, ["0"], 10)
+    assert data.train.images.mean().abs() < 1e-4
+    task = finetune.Task(model, names, data, Recipe(1, 64, 0.01), 0)
+    assert task.model[4].out_features == 10
+    assert methods.dense_bytes(task.model, names, task.loader[0]) == 64 * 16 * 16 * 4
