@@ -69,7 +69,10 @@ def register_triton(name: str, file: str | None = None) -> None:
         return
 
     def kernel(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"lance_kernels.kernels.{file or name}"), name)(*args)
+        launcher = getattr(importlib.import_module(f"lance_kernels.kernels.{file or name}"), name)
+        # Triton launches on the current device, whichever the tensors are on.
+        with torch.cuda.device(next(arg.device for arg in args if isinstance(arg, torch.Tensor))):
+            return launcher(*args)
 
     LIBRARY.impl(name, kernel, "CUDA")
 

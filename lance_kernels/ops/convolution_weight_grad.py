@@ -17,7 +17,7 @@ import torch
 
 from lance_kernels.ops._checks import accumulation_dtype, check, check_factors, check_same
 from lance_kernels.ops._padding import pad_pairs, pad_spatial, padded_rows, shifted_factor
-from lance_kernels.ops._registry import define, not_differentiable
+from lance_kernels.ops._registry import define, not_differentiable, register_triton
 from lance_kernels.ops.convolution import Geometry, check_geometry, output_size
 from lance_kernels.ops.tucker import Factors, mode_product, mode_product_flops, ranks_of
 
@@ -246,3 +246,4 @@ define(
     autograd=not_differentiable("convolution_weight_grad"),
     flops=_flops,
 )
+register_triton("convolution_weight_grad")

@@ -21,6 +21,7 @@ from lance_kernels.ops._registry import (
     define,
     not_differentiable,
     once_differentiable,
+    register_triton,
     without_autocast,
 )
 from lance_kernels.ops.pack_core import packed_bytes
@@ -221,6 +222,22 @@ def _weight_grad_reference(grad_output: torch.Tensor, core: torch.Tensor, factor
     return (product if feature is None else product @ feature.to(wide).mT).to(grad_output.dtype)
 
 
+def _bias_grad(grad_output: torch.Tensor) -> torch.Tensor:
+    return grad_output.flatten(0, -2).sum(dim=0) if grad_output.dim() > 1 else grad_output.clone()
+
+
+def _weight_bias_grad_reference(
+    grad_output: torch.Tensor, core: torch.Tensor, factors: Factors
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.lance.linear_weight_grad(grad_output, core, factors), _bias_grad(grad_output)
+
+
+def _weight_bias_grad_fake(
+    grad_output: torch.Tensor, core: torch.Tensor, factors: Factors
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _weight_grad_fake(grad_output, core, factors), grad_output.new_empty(grad_output.shape[-1])
+
+
 def _weight_grad_plan(
     grad_shape: Sequence[int], core_shape: Sequence[int], factor_shapes: Sequence[Sequence[int] | None]
 ) -> tuple[bool, int]:
@@ -278,3 +295,12 @@ define(
     autograd=not_differentiable("linear_weight_grad"),
     flops=_weight_grad_flops,
 )
+define(
+    "linear_weight_bias_grad(Tensor grad_output, Tensor core, Tensor?[] factors) -> (Tensor, Tensor)",
+    reference=_weight_bias_grad_reference,
+    fake=_weight_bias_grad_fake,
+    autograd=not_differentiable("linear_weight_bias_grad"),
+    flops=_weight_grad_flops,
+)
+register_triton("linear_weight_grad", "linear")
+register_triton("linear_weight_bias_grad", "linear")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lance_kernels.ops._checks import accumulation_dtype, check, check_factors, factors_require_grad
-from lance_kernels.ops._registry import apply, below_autograd, define
+from lance_kernels.ops._registry import apply, below_autograd, define, register_triton
 
 Factors = Sequence[torch.Tensor | None]
 
@@ -161,3 +161,4 @@ define(
     autograd=_autograd(_Reconstruct),
     flops=_flops(side=0),
 )
+register_triton("tucker_project", "tucker")

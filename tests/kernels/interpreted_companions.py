@@ -1,7 +1,4 @@
-"""Runs the companions' kernels under Triton's interpreter against the references; a program that a test starts.
-
-The interpreter cuts float32 off where it makes bfloat16 of it, so a bfloat16 value may be one place below.
-"""
+"""Runs the companions' kernels under Triton's interpreter against the references; a program that a test starts."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import torch
 from lance_kernels.kernels import activation, mask
 from lance_kernels.ops.activation import KINDS, codes_reference, derivative_bound, grad_reference
 from lance_kernels.ops.mask import masked_grad_reference, masked_reference
+from tests.kernels.strict import strict
 from tests.ops.companion_cases import assert_same_bits, with_special
 
 SHAPES = [(1,), (7,), (8,), (3, 5, 7), (0, 4), (2, 3, 40, 41)]
@@ -19,28 +17,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BOUNDS = ((None, None, None), (0.0, 6.0, None), (-1.0, 1.0, None), (None, None, 0.1))
 
 
-def assert_close_bits(actual: torch.Tensor, expected: torch.Tensor, rounds: bool) -> None:
-    if not (rounds and actual.dtype == torch.bfloat16):
-        assert_same_bits(actual, expected)
-        return
-    same = (actual == expected) | (actual.isnan() & expected.isnan())
-    near = (actual.float() - expected.float()).abs() <= expected.float().abs() * 2**-7
-    assert (same | near).all()
-
-
 def check_mask(shape: tuple[int, ...], dtype: torch.dtype, bounds: tuple[float | None, ...]) -> None:
     x, grad = with_special(shape, dtype), with_special(shape, dtype)
     order = list(reversed(range(len(shape))))
     y, bits = mask.masked_activation(x, *bounds, order)
     expected, expected_bits = masked_reference(x, *bounds, order)
-    rounds = bounds[2] is not None
-    assert_close_bits(y, expected, rounds)
+    assert_same_bits(y, expected)
     assert torch.equal(bits, expected_bits)
     found = mask.masked_activation_grad(grad, bits, bounds[2], order)
-    assert_close_bits(found, masked_grad_reference(grad, bits, bounds[2], order), rounds)
+    assert_same_bits(found, masked_grad_reference(grad, bits, bounds[2], order))
     in_place = x.clone()
     assert torch.equal(mask.masked_activation_(in_place, *bounds, order), bits)
-    assert_close_bits(in_place, expected, rounds)
+    assert_same_bits(in_place, expected)
 
 
 def check_codes(shape: tuple[int, ...], dtype: torch.dtype, kind: str, bits: int) -> None:
@@ -53,7 +41,7 @@ def check_codes(shape: tuple[int, ...], dtype: torch.dtype, kind: str, bits: int
         assert ((codes.int() - expected.int()).abs() <= 1).all()
         assert (codes != expected).sum() <= max(2, codes.numel() // 100)
     found = activation.activation_grad(grad, codes, kind, bits, order)
-    assert_close_bits(found, grad_reference(grad, codes, kind, bits, order), True)
+    assert_same_bits(found, grad_reference(grad, codes, kind, bits, order))
     reference = grad_reference(torch.ones_like(grad), expected, kind, bits, order)
     own = grad_reference(torch.ones_like(grad), codes, kind, bits, order)
     assert torch.equal(own.isnan(), reference.isnan())
@@ -73,4 +61,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with strict():
+        main()

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
@@ -14,21 +9,11 @@ from triton.compiler import ASTSource
 
 from lance_kernels.kernels import activation, mask
 from lance_kernels.ops.activation import KINDS
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.kernels.programs import interpreted
 
 
 def test_kernels_agree_with_the_references_under_the_interpreter():
-    answer = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.interpreted_companions"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.strip() == "480 cases"
+    assert interpreted("interpreted_companions") == "480 cases"
 
 
 def compile_for(kernel, types, constants, capability):

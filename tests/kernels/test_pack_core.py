@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
@@ -14,21 +9,11 @@ from triton.compiler import ASTSource
 
 from lance_kernels.kernels import pack_core as kernels
 from lance_kernels.ops.pack_core import GROUP, MISSING
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.kernels.programs import interpreted
 
 
 def test_kernels_have_the_bits_of_the_reference_under_the_interpreter():
-    answer = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.interpreted_pack_core"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.strip() == "288 cases"
+    assert interpreted("interpreted_pack_core") == "288 cases"
 
 
 def compiled(kernel, types, constants, capability):

@@ -180,6 +180,16 @@ def test_flops_in_and_below_autograd():
     assert counter.get_total_flops() == 2 * 16 * 6 * 3 + 2 * 6 * 3 * 10
 
 
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
+def test_weight_and_bias_grad_in_one_call(shape):
+    grad_output, core, factors = torch.randn(shape), torch.randn(*shape[:-1], 2), [None] * (len(shape) - 1)
+    factors.append(orthonormal(6, 2, torch.float32))
+    weight_grad, bias_grad = torch.ops.lance.linear_weight_bias_grad(grad_output, core, factors)
+    assert torch.equal(weight_grad, linear_weight_grad(grad_output, core, factors))
+    assert torch.equal(bias_grad, grad_output.reshape(-1, 4).sum(0))
+    opcheck(torch.ops.lance.linear_weight_bias_grad.default, (grad_output, core, factors))
+
+
 def test_refusals():
     x, weight = torch.randn(4, 6), torch.randn(3, 6)
     with pytest.raises(RuntimeError, match=r"weight has shape \(3, 5\); expected \(O, D\)"):

@@ -1,0 +1,192 @@
+"""What the launchers share: tiles, the precision of float32 products, and factors in the form the kernels read."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.runtime.driver import driver
+
+MIN_SIDE = 16  # least side of a matrix product on the matrix units
+MAX_ALIGN_BYTES = 16  # widest load of a thread
+
+# Multiprocessors that a launch should fill twice. A constant: the order of sums must not depend on the device.
+PROGRAMS = 264
+# Partial sums may take this share of the streamed tensor, or this many bytes.
+WORKSPACE_SHARE, WORKSPACE_BYTES = 0.05, 8 * 2**20
+
+
+class Tile(NamedTuple):
+    """Block sizes of a launch.
+
+    Attributes:
+        stream: rows of the streamed tensor, the long side of the matrix product.
+        sum: terms of the sum taken at once.
+        warps: warps of a program.
+        stages: loads in flight.
+        blocks: blocks of `stream` rows that share what is read of a factor.
+    """
+
+    stream: int
+    sum: int
+    warps: int
+    stages: int
+    blocks: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of all blocks."""
+        return self.stream * self.blocks
+
+
+# Registers of a thread that accumulators may take, found by compiling; the rest is for addresses and operands.
+MAX_REGISTERS, MAX_REGISTERS_BEFORE_HOPPER = 160, 80
+MAX_REREADS = 0.5
+
+# The tile of every launch so far, by kernel, compute capability and shape.
+CHOSEN: dict[tuple[str, tuple[Hashable, ...]], Tile] = {}
+# Tiles that take the place of the chosen ones, by kernel; for tuning.
+FORCED: dict[str, Tile] = {}
+
+
+def choose(kernel: str, shape: tuple[Hashable, ...], tile_for: Callable[..., Tile]) -> Tile:
+    """The tile for a shape, which `tile_for(*shape)` finds, kept in `CHOSEN`; `FORCED` goes first."""
+    if kernel in FORCED:
+        return FORCED[kernel]
+    key = (kernel, (capability(), *shape))
+    if key not in CHOSEN:
+        CHOSEN[key] = tile_for(*shape)
+    return CHOSEN[key]
+
+
+def capability() -> int:
+    """Compute capability, times ten, of the GPU that kernels are compiled for; Hopper's for the interpreter."""
+    return 90 if triton.knobs.runtime.interpret else int(driver.active.get_current_target().arch)
+
+
+def fitting(tiles: Sequence[Tile], *, registers: Callable[[Tile], float], rereads: Callable[[Tile], float]) -> Tile:
+    """The first tile whose accumulators fit the registers and that reads factors seldom enough.
+
+    Args:
+        tiles: tiles in order of preference.
+        registers: registers of a thread that a tile's accumulators and operands take.
+        rereads: elements of factors a tile reads for each streamed element.
+    """
+    room = MAX_REGISTERS if capability() >= 90 else MAX_REGISTERS_BEFORE_HOPPER
+    fit = [tile for tile in tiles if registers(tile) <= room]
+    if not fit:
+        return min(tiles, key=registers)
+    return next((tile for tile in fit if rereads(tile) <= MAX_REREADS), fit[0])
+
+
+def stages_for(stage_bytes: int, other_bytes: int = 0) -> int:
+    """Loads in flight for which the shared memory suffices."""
+    room = (192 if capability() >= 90 else 128) * 1024 - other_bytes
+    return max(2, min(4, room // stage_bytes))
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below `size` and `MIN_SIDE`."""
+    return max(MIN_SIDE, 1 << (size - 1).bit_length())
+
+
+def alignment(itemsize: int, *extents: int) -> int:
+    """The largest power of two, in elements, that divides all `extents` and makes a load of at most 16 bytes."""
+    align = MAX_ALIGN_BYTES // itemsize
+    while any(extent % align for extent in extents):
+        align //= 2
+    return align
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """Triton's name of the precision that PyTorch allows products of `dtype`."""
+    return _precision(dtype, torch.backends.cuda.matmul.fp32_precision)
+
+
+def convolution_precision(dtype: torch.dtype) -> str:
+    """The same for convolutions."""
+    return _precision(dtype, torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
+
+
+def _precision(dtype: torch.dtype, allowed: str) -> str:
+    # Sums of 16-bit products are multiplied on in float32: TF32 has the mantissa of float16, and bits to spare for
+    # bfloat16.
+    tf32 = allowed == "tf32" if dtype == torch.float32 else dtype == torch.bfloat16
+    return "tf32" if tf32 else "tf32x3"
+
+
+def splits_for(programs: int, tiles: int, partial_bytes: int, streamed_bytes: int) -> int:
+    """Into how many partial sums a reduction is split: by the shape alone, within the workspace's bound.
+
+    Args:
+        programs: programs there are without splitting.
+        tiles: tiles there are to share out.
+        partial_bytes: bytes of one set of partial sums.
+        streamed_bytes: bytes of the streamed tensor.
+    """
+    wanted = min(tiles, -(-PROGRAMS // max(programs, 1)) if 3 * programs < PROGRAMS else 1)
+    bound = max(WORKSPACE_BYTES, int(WORKSPACE_SHARE * streamed_bytes)) // max(partial_bytes, 1)
+    return max(1, min(wanted, bound))
+
+
+class _Entry(NamedTuple):
+    sources: tuple[weakref.ref[torch.Tensor], ...]
+    versions: tuple[int, ...]
+    result: torch.Tensor
+
+
+_PREPARED: dict[tuple[object, ...], _Entry] = {}
+
+
+def prepared(
+    sources: Sequence[torch.Tensor], form: tuple[object, ...], make: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """What `make` makes of some tensors, kept for as long as they live and do not change.
+
+    Args:
+        sources: the tensors.
+        form: tells apart what is made of the same tensors.
+        make: makes it.
+    """
+    if any(source.is_inference() for source in sources) or _capturing(sources[0]):
+        return make()
+    key = (*map(id, sources), *form)
+    versions = tuple(source._version for source in sources)
+    entry = _PREPARED.get(key)
+    if entry is None or entry.versions != versions or any(r() is not s for r, s in zip(entry.sources, sources)):
+        references = tuple(weakref.ref(source, lambda _: _PREPARED.pop(key, None)) for source in sources)
+        entry = _PREPARED[key] = _Entry(references, versions, make())
+    return entry.result
+
+
+def _capturing(tensor: torch.Tensor) -> bool:
+    # What is made while a graph is captured lives in the graph's memory and holds nothing before its replay.
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def kronecker(factors: Sequence[torch.Tensor], dtype: torch.dtype, columns: int) -> torch.Tensor:
+    """The Kronecker product of factors, with zero columns added.
+
+    Args:
+        factors: one or more `(size, rank)` matrices; the last one's rows vary fastest.
+        dtype: dtype of the result.
+        columns: columns of the result, at least the product of the ranks.
+
+    Returns:
+        `(product of sizes, columns)`, contiguous.
+    """
+
+    def make() -> torch.Tensor:
+        product = factors[0].float()
+        for factor in factors[1:]:
+            product = product[:, None, :, None] * factor.float()[None, :, None, :]
+            product = product.reshape(math.prod(product.shape[:2]), -1)
+        padded = torch.zeros(product.shape[0], columns, dtype=dtype, device=product.device)
+        padded[:, : product.shape[1]] = product
+        return padded
+
+    return prepared(factors, ("kronecker", dtype, columns), make)

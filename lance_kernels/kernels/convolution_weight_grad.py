@@ -1,0 +1,379 @@
+"""`convolution_weight_grad` on a GPU: the shifted way in one kernel, Triton; the expanded way through the library.
+
+With the shifted factors `V (H', i, k)` and `W (W', j, l)` of `lance_kernels/ops/convolution_weight_grad.py`, a program
+takes some output channels and some images, and for each image forms `T[h', o, jl] = sum_w' grad W`,
+`Q[o, jl, ik] = sum_h' T V`, and adds `sum_kl Q core[q, kl]` to its part of the gradient, `(O, i, j, q)`. Taps and ranks
+are padded to powers of two. `grad_output` is read once. The parts are added up in order and multiplied with `U_C` by
+the library.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from lance_kernels.kernels._common import (
+    Tile,
+    alignment,
+    choose,
+    convolution_precision,
+    fitting,
+    power_of_two,
+    prepared,
+    splits_for,
+)
+from lance_kernels.ops._padding import pad_pairs, padded_rows, shifted_factor
+from lance_kernels.ops.convolution import Geometry, output_size
+from lance_kernels.ops.convolution_weight_grad import (
+    _check,
+    _input_size,
+    _reference,
+    _shapes,
+    _weight_grad_expanded,
+)
+from lance_kernels.ops.tucker import Factors, mode_product, mode_product_flops, ranks_of
+
+MAX_TAPS_RANKS = 64  # of one spatial mode, padded
+MAX_CHANNEL_RANK = 128
+
+# For choosing a way only: bytes and operations a second of an H100, the kernel's rate and the library's at
+# `HALF_RATE_CHANNELS` being guesses.
+BANDWIDTH, RATE, NARROW_RATE, HALF_RATE_CHANNELS = 3.0e12, 6.0e14, 1.5e14, 64
+
+
+@triton.jit
+def shifted_kernel(
+    grad,  # (batch, outputs, height, width) by strides
+    rows,  # (height, TAPS_H * RANK_H) of the shifted factor of the height, float32
+    columns,  # (width, TAPS_W * RANK_W), of the width
+    core,  # (batch, channels, rank_h, rank_w)
+    parts,  # (splits, outputs, TAPS_W * TAPS_H, CHANNELS)
+    batch,
+    outputs,
+    height,
+    width,
+    channels,
+    rank_h,
+    rank_w,
+    splits,
+    batch_step,
+    output_step,
+    height_step,
+    width_step,
+    OUTPUT_UNIT: tl.constexpr,
+    WIDTH_UNIT: tl.constexpr,
+    OUTPUT_CONTIGUOUS: tl.constexpr,
+    WIDTH_CONTIGUOUS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TAPS_H: tl.constexpr,
+    RANK_H: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    RANK_W: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Sizes and steps come divided by their units, so that the compiler sees what divides them.
+    output_size = outputs * OUTPUT_UNIT
+    width_size = width * WIDTH_UNIT
+    output_stride = 1 if OUTPUT_CONTIGUOUS else tl.cast(output_step, tl.int64) * ALIGN
+    width_stride = 1 if WIDTH_CONTIGUOUS else tl.cast(width_step, tl.int64) * ALIGN
+    IK: tl.constexpr = TAPS_H * RANK_H
+    JL: tl.constexpr = TAPS_W * RANK_W
+    KL: tl.constexpr = RANK_H * RANK_W
+    IJ: tl.constexpr = TAPS_H * TAPS_W
+    tiles = tl.cdiv(output_size, OUTPUTS)
+    tile, split = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    # Rows of the streamed matrix: h' slow, o fast, so that either layout of grad is read along its memory.
+    row = tl.arange(0, HEIGHT * OUTPUTS)
+    o = (tile * OUTPUTS + row % OUTPUTS).to(tl.int64)  # (HEIGHT * OUTPUTS,)
+    h = row // OUTPUTS
+    ik = tl.arange(0, IK)
+    jl = tl.arange(0, JL)
+    kl = tl.arange(0, KL)
+    c = tl.arange(0, CHANNELS)
+    total = tl.zeros((OUTPUTS * IJ, CHANNELS), dtype=tl.float32)
+    share = tl.cdiv(batch, splits)
+    for image in range(split * share, tl.minimum((split + 1) * share, batch)):
+        place = tl.cast(image, tl.int64)
+        base = grad + place * batch_step * ALIGN
+        q = tl.zeros((OUTPUTS * JL, IK), dtype=tl.float32)
+        for top in range(0, height, HEIGHT):
+            inside = (o < output_size) & (top + h < height)
+            line = base + o * output_stride + (top + h).to(tl.int64) * height_step * ALIGN
+            t = tl.zeros((HEIGHT * OUTPUTS, JL), dtype=tl.float32)
+            for left in range(0, width_size, WIDTH):
+                w = left + tl.arange(0, WIDTH)
+                known = w < width_size
+                block = tl.load(
+                    line[:, None] + w[None, :].to(tl.int64) * width_stride,
+                    mask=inside[:, None] & known[None, :],
+                    other=0.0,
+                )  # (HEIGHT * OUTPUTS, WIDTH)
+                factor = tl.load(columns + w[:, None] * JL + jl[None, :], mask=known[:, None], other=0.0)  # (WIDTH, JL)
+                t = tl.dot(block, factor.to(block.dtype), t, input_precision=PRECISION)
+            heights = top + tl.arange(0, HEIGHT)
+            entries = rows + heights[:, None] * IK + ik[None, :]
+            factor = tl.load(entries, mask=(heights < height)[:, None], other=0.0)  # (HEIGHT, IK)
+            turned = tl.permute(tl.reshape(t, (HEIGHT, OUTPUTS, JL)), (1, 2, 0))
+            turned = tl.reshape(turned, (OUTPUTS * JL, HEIGHT))
+            q = tl.dot(turned, factor, q, input_precision=PRECISION)
+        k, width_rank = kl // RANK_W, kl % RANK_W
+        places = ((place * channels + c[None, :]) * rank_h + k[:, None]) * rank_w + width_rank[:, None]
+        known = (c[None, :] < channels) & (k < rank_h)[:, None] & (width_rank < rank_w)[:, None]
+        kernel = tl.load(core + places, mask=known, other=0.0).to(tl.float32)  # (KL, CHANNELS)
+        apart = tl.reshape(q, (OUTPUTS, TAPS_W, RANK_W, TAPS_H, RANK_H))
+        apart = tl.reshape(tl.permute(apart, (0, 3, 1, 4, 2)), (OUTPUTS * IJ, KL))
+        total = tl.dot(apart, kernel, total, input_precision=PRECISION)
+    entry = tl.arange(0, OUTPUTS * IJ)
+    first = tile * OUTPUTS * IJ
+    kept = first + entry < output_size * IJ
+    line = split.to(tl.int64) * output_size * IJ + first + entry
+    tl.store(parts + line[:, None] * CHANNELS + c[None, :], total, mask=kept[:, None])
+
+
+class Shape(NamedTuple):
+    """What the shifted kernel is launched for; taps and ranks of height and width, and the channels' rank."""
+
+    batch: int
+    outputs: int
+    height: int
+    width: int
+    taps: tuple[int, int]
+    ranks: tuple[int, int]
+    channels: int
+    itemsize: int
+
+    @property
+    def padded(self) -> tuple[int, int, int, int, int]:
+        """Padded taps and ranks of height and width, and the padded channels' rank."""
+        (taps_h, taps_w), (rank_h, rank_w) = (map(_next, self.taps), map(_next, self.ranks))
+        # Products of taps and ranks are sides of a matrix product, of at least 16.
+        rank_h, rank_w = max(rank_h, 16 // taps_h), max(rank_w, 16 // taps_w)
+        return taps_h, rank_h, taps_w, rank_w, power_of_two(self.channels)
+
+
+def _next(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def rows_at_once(height: int) -> int:
+    """Rows of an image that are taken at once."""
+    return min(32, power_of_two(height))
+
+
+def tile_for(*fields: Any) -> Tile:
+    """The tile for the fields of a `Shape`; it streams output channels and sums over the width."""
+    shape = Shape(*fields)
+    taps_h, rank_h, taps_w, rank_w, channels = shape.padded
+    height = rows_at_once(shape.height)
+    width = min(128 // shape.itemsize, power_of_two(shape.width))
+    ik, jl = taps_h * rank_h, taps_w * rank_w
+
+    def registers(tile: Tile) -> float:
+        held = tile.stream * (height * jl + jl * ik + taps_h * taps_w * channels)
+        return 1.2 * held / (32 * tile.warps)  # two of the three are rearranged
+
+    listed = [Tile(rows, width, warps, 3) for rows, warps in ((32, 8), (16, 8), (16, 4), (8, 8), (8, 4), (4, 4))]
+    listed = [tile for tile in listed if tile.stream * height >= 64 and tile.stream <= power_of_two(shape.outputs)]
+    return fitting(listed, registers=registers, rereads=lambda tile: jl / (tile.stream * height))
+
+
+def shifted_sums(
+    grad: torch.Tensor,
+    core: torch.Tensor,
+    spatial: Sequence[torch.Tensor],
+    weight_size: Sequence[int],
+    geometry: Geometry,
+) -> torch.Tensor:
+    """The shifted way for every output channel with every channel of the core.
+
+    Args:
+        grad: `(batch, O, H', W')`.
+        core: `(batch, channels, rank_H, rank_W)`.
+        spatial: the factors of height and width.
+        weight_size: `(O, C / groups, kernel height, kernel width)`.
+        geometry: the convolution's.
+
+    Returns:
+        `(O, channels, kernel height, kernel width)`, float32.
+    """
+    taps = (weight_size[2], weight_size[3])
+    shape = Shape(
+        grad.shape[0], grad.shape[1], grad.shape[2], grad.shape[3], taps, (core.shape[2], core.shape[3]),
+        core.shape[1], grad.element_size(),
+    )  # fmt: skip
+    taps_h, rank_h, taps_w, rank_w, channels = shape.padded
+    tile = choose("convolution_weight_grad", shape, tile_for)
+    shifted = [
+        _padded_shift(spatial[index], index, grad.shape[2 + index], taps[index], geometry, shape.padded[2 * index :])
+        for index in range(2)
+    ]
+    tiles = triton.cdiv(shape.outputs, tile.stream)
+    entries = shape.outputs * taps_h * taps_w
+    splits = splits_for(tiles, shape.batch, 4 * entries * channels, grad.numel() * shape.itemsize)
+    parts = grad.new_empty((splits, entries, channels), dtype=torch.float32)
+    steps = grad.stride()
+    output_unit = width_unit = align = 1
+    if steps[3] == 1:
+        width_unit = align = alignment(shape.itemsize, shape.width, *steps[:3])
+    elif steps[1] == 1:
+        output_unit = align = alignment(shape.itemsize, shape.outputs, steps[0], *steps[2:])
+    shifted_kernel[(tiles * splits,)](
+        grad,
+        *shifted,
+        core.contiguous(),
+        parts,
+        shape.batch,
+        shape.outputs // output_unit,
+        shape.height,
+        shape.width // width_unit,
+        shape.channels,
+        *shape.ranks,
+        splits,
+        steps[0] // align,
+        steps[1] // align,
+        steps[2] // align,
+        steps[3] // align,
+        OUTPUT_UNIT=output_unit,
+        WIDTH_UNIT=width_unit,
+        OUTPUT_CONTIGUOUS=steps[1] == 1 and steps[3] != 1,
+        WIDTH_CONTIGUOUS=steps[3] == 1,
+        ALIGN=align,
+        TAPS_H=taps_h,
+        RANK_H=rank_h,
+        TAPS_W=taps_w,
+        RANK_W=rank_w,
+        CHANNELS=channels,
+        OUTPUTS=tile.stream,
+        HEIGHT=rows_at_once(shape.height),
+        WIDTH=tile.sum,
+        PRECISION=convolution_precision(grad.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    total = parts.sum(0).reshape(shape.outputs, taps_h, taps_w, channels)
+    return total[:, : taps[0], : taps[1], : core.shape[1]].permute(0, 3, 1, 2)
+
+
+def _padded_shift(
+    factor: torch.Tensor, index: int, outputs: int, taps: int, geometry: Geometry, padded: Sequence[int]
+) -> torch.Tensor:
+    """The shifted factor of spatial mode `index`, `(outputs, padded taps * padded rank)`, float32."""
+    before, after = pad_pairs(geometry.padding, 2)[index]
+    stride, dilation, mode = geometry.stride[index], geometry.dilation[index], geometry.padding_mode
+
+    def make() -> torch.Tensor:
+        lookup = padded_rows(factor.shape[0], before, after, mode, factor.device)
+        rows = shifted_factor(factor.float(), lookup, outputs, taps, stride, dilation)
+        padding = (0, padded[1] - rows.shape[2], 0, padded[0] - taps)
+        return torch.nn.functional.pad(rows, padding).flatten(1).contiguous()
+
+    return prepared([factor], ("shift", before, after, mode, outputs, taps, stride, dilation, *padded[:2]), make)
+
+
+class Costs(NamedTuple):
+    """Seconds that the cost model gives each way; infinite where a way is not there."""
+
+    shifted: float
+    expanded: float
+
+
+@functools.lru_cache(maxsize=1024)
+def costs(
+    core_size: tuple[int, ...],
+    factor_shapes: tuple[tuple[int, int] | None, ...],
+    weight_size: tuple[int, ...],
+    geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, str],
+    itemsize: int,
+) -> Costs:
+    """The larger of bytes over bandwidth and operations over rate, for each way.
+
+    Args:
+        core_size: shape of the core, the batch as it will be contracted.
+        factor_shapes: shapes of the factors, None for a kept mode.
+        weight_size: `(O, C / groups, *K)`.
+        geometry: the fields of `Geometry`, as tuples.
+        itemsize: bytes of an element.
+    """
+    output = output_size(_input_size(core_size, factor_shapes), weight_size, Geometry(*geometry))
+    samples, channels = core_size[0], core_size[1]
+    grad_bytes = itemsize * samples * math.prod(output[1:])
+    sizes = ranks_of(factor_shapes[2:], side=0)
+    image = [core if size is None else size for core, size in zip(core_size[2:], sizes)]
+    image_bytes = itemsize * samples * channels * math.prod(image)
+    operations = 2 * samples * math.prod(output[1:]) * math.prod(weight_size[2:]) * channels
+    expand = mode_product_flops(core_size, [None, None, *sizes])
+    # The image is written and read by one product a mode, then read by the library's convolution.
+    rate = RATE * channels / (channels + HALF_RATE_CHANNELS)
+    expanded = max((grad_bytes + image_bytes) / BANDWIDTH, operations / rate)
+    expanded += max(2 * image_bytes / BANDWIDTH, expand / NARROW_RATE)
+    if len(output) != 4 or None in sizes or channels > MAX_CHANNEL_RANK or itemsize > 4:
+        return Costs(math.inf, expanded)
+    taps, ranks = (weight_size[2], weight_size[3]), (core_size[2], core_size[3])
+    shape = Shape(samples, output[1], output[2], output[3], taps, ranks, channels, itemsize)
+    taps_h, rank_h, taps_w, rank_w, padded = shape.padded
+    ik, jl = taps_h * rank_h, taps_w * rank_w
+    if max(ik, jl) > MAX_TAPS_RANKS:
+        return Costs(math.inf, expanded)
+    height, width = (-(-size // 16) * 16 for size in output[2:])
+    work = 2 * samples * output[1] * (height * width * jl + jl * height * ik + ik * jl * padded)
+    return Costs(max(grad_bytes / BANDWIDTH, work / NARROW_RATE), expanded)
+
+
+def _hashable(geometry: Geometry) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, str]:
+    return (
+        tuple(geometry.stride),
+        tuple(geometry.padding),
+        tuple(geometry.dilation),
+        geometry.groups,
+        geometry.padding_mode,
+    )
+
+
+def convolution_weight_grad(
+    grad_output: torch.Tensor,
+    core: torch.Tensor,
+    factors: Factors,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_mode: str = "zeros",
+) -> torch.Tensor:
+    """`lance::convolution_weight_grad`; float64, and groups narrower than the channels' rank, take the reference."""
+    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    _check(grad_output, core, factors, weight_size, geometry)
+    batch, feature, *spatial = factors
+    narrow = core.shape[1] > weight_size[1] or (feature is None and groups > 1)
+    if grad_output.dtype == torch.float64 or narrow or not (grad_output.numel() and core.numel()):
+        return _reference(grad_output, core, factors, weight_size, stride, padding, dilation, groups, padding_mode)
+    # A factor of the batch widens the core, which is small, instead of narrowing grad_output.
+    kept = core if batch is None else mode_product(core.float(), batch.float(), 0).to(core.dtype)
+    given = [factor for factor in spatial if factor is not None]
+    shapes = tuple(None if shape is None else (shape[0], shape[1]) for shape in _shapes([None, *factors[1:]]))
+    cost = costs(tuple(kept.shape), shapes, tuple(weight_size), _hashable(geometry), grad_output.element_size())
+    thin = [weight_size[0], kept.shape[1], *weight_size[2:]]
+    if cost.shifted < cost.expanded:
+        product = shifted_sums(grad_output, kept, given, weight_size, geometry)
+    else:
+        image = kept.float()
+        for mode, factor in enumerate(spatial, start=2):
+            image = image if factor is None else mode_product(image, factor.float(), mode)
+        plain: list[torch.Tensor | None] = [None] * core.dim()
+        product = _weight_grad_expanded(grad_output, image.to(core.dtype), plain, thin, geometry._replace(groups=1))
+    product = product.float()
+    if feature is None:
+        return product.to(grad_output.dtype).contiguous()
+    grouped = product.reshape(groups, weight_size[0] // groups, kept.shape[1], -1)
+    rows = feature.float().reshape(groups, 1, weight_size[1], kept.shape[1])
+    return (rows @ grouped).reshape(tuple(weight_size)).to(grad_output.dtype)

@@ -1,0 +1,311 @@
+"""A linear layer's weight and bias gradients from its input's core on a GPU, `grad_output` read once, in Triton.
+
+With `grad (batch, N, O)`, the core `(batch, K, D)` and the token factor `U (N, K)`, the first launch forms
+`parts[split] = sum over its share of the batch of grad^T U core`, `(O, D)`: either projecting first, `(grad^T U) core`,
+or expanding first, `grad^T (U core)`; without a token factor the core stands for `U core`. The second adds the parts up
+in order and multiplies with the transposed feature factor. The bias gradient is a product with ones in the first.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from lance_kernels.kernels._common import (
+    Tile,
+    alignment,
+    choose,
+    fitting,
+    kronecker,
+    matmul_precision,
+    power_of_two,
+    splits_for,
+    stages_for,
+)
+from lance_kernels.ops.linear import (
+    _check_weight_grad,
+    _weight_bias_grad_reference,
+    _weight_grad_plan,
+    _weight_grad_reference,
+)
+from lance_kernels.ops.tucker import Factors, mode_product
+
+MAX_RANK = 256
+
+
+@triton.jit
+def weight_grad_kernel(
+    grad,  # (batch, tokens, outputs) by strides
+    factor,  # (tokens, K); float32 when the core is expanded
+    core,  # (batch, token_rank or tokens, feature_rank)
+    parts,  # (splits, outputs, D)
+    bias_parts,  # (splits, outputs)
+    tokens,
+    outputs,
+    token_rank,
+    feature_rank,
+    chunks,
+    units,
+    splits,
+    batch_step,
+    token_step,
+    output_step,
+    OUTPUT_UNIT: tl.constexpr,
+    OUTPUT_CONTIGUOUS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WAY: tl.constexpr,
+    BIAS: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    STREAM: tl.constexpr,
+    SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Sizes and steps come divided by their units, so that the compiler sees what divides them.
+    output_size = outputs * OUTPUT_UNIT
+    output_stride = 1 if OUTPUT_CONTIGUOUS else tl.cast(output_step, tl.int64) * ALIGN
+    tiles = tl.cdiv(output_size, STREAM)
+    tile, split = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    o = (tile * STREAM + tl.arange(0, STREAM)).to(tl.int64)  # (STREAM,)
+    inside = o < output_size
+    columns = grad + o * output_stride
+    k = tl.arange(0, K)
+    d = tl.arange(0, D)
+    chunk_size = tl.cdiv(tl.cdiv(tokens, chunks), SUM) * SUM
+    total = tl.zeros((STREAM, D), dtype=tl.float32)
+    ones = tl.full((SUM, 16), 1.0, dtype=tl.float32).to(grad.dtype.element_ty)
+    bias = tl.zeros((STREAM, 16), dtype=tl.float32)
+    share = tl.cdiv(units, splits)
+    for unit in range(split * share, tl.minimum((split + 1) * share, units)):
+        batch, chunk = (unit // chunks).to(tl.int64), unit % chunks
+        first = chunk * chunk_size
+        last = tl.minimum(first + chunk_size, tokens)
+        if WAY != "kept":
+            corner = core + (batch * token_rank + k[:, None]) * feature_rank + d[None, :]
+            filled = (k[:, None] < token_rank) & (d[None, :] < feature_rank)
+            matrix = tl.load(corner, mask=filled, other=0.0).to(tl.float32)  # (K, D)
+        sums = tl.zeros((STREAM, K), dtype=tl.float32)
+        for start in range(first, last, SUM):
+            n = (start + tl.arange(0, SUM)).to(tl.int64)  # (SUM,)
+            present = n < last
+            places = columns[:, None] + (batch * batch_step + n * token_step)[None, :] * ALIGN
+            block = tl.load(places, mask=inside[:, None] & present[None, :], other=0.0)  # (STREAM, SUM)
+            if WAY == "kept":
+                entries = core + (batch * tokens + n)[:, None] * feature_rank + d[None, :]
+                known = present[:, None] & (d[None, :] < feature_rank)
+                total = tl.dot(
+                    block,
+                    tl.load(entries, mask=known, other=0.0).to(block.dtype),  # (SUM, D)
+                    total,
+                    input_precision=PRECISION,
+                )
+            else:
+                rows = tl.load(factor + n[:, None] * K + k[None, :], mask=present[:, None], other=0.0)  # (SUM, K)
+                if WAY == "expand":
+                    expanded = tl.dot(rows, matrix, input_precision=PRECISION).to(block.dtype)  # (SUM, D)
+                    total = tl.dot(block, expanded, total, input_precision=PRECISION)
+                else:
+                    sums = tl.dot(block, rows, sums, input_precision=PRECISION)
+            if BIAS:
+                bias = tl.dot(block, ones, bias, input_precision=PRECISION)
+        if WAY == "project":
+            total = tl.dot(sums, matrix, total, input_precision=PRECISION)
+    row = split.to(tl.int64) * output_size + o
+    tl.store(parts + row[:, None] * D + d[None, :], total, mask=inside[:, None])
+    if BIAS:
+        # Every column is the same sum.
+        tl.store(bias_parts + row, tl.max(bias, axis=1), mask=inside)
+
+
+@triton.jit
+def reduce_kernel(
+    parts,  # (splits, outputs, D)
+    bias_parts,  # (splits, outputs)
+    factor,  # (features, D) float32
+    weight_grad,  # (outputs, features)
+    bias_grad,  # (outputs,)
+    outputs,
+    features,
+    splits,
+    shares,
+    BIAS: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`weight_grad = (sum of parts) factor^T`, and the bias gradient's sum."""
+    tile, share = tl.program_id(0) // shares, tl.program_id(0) % shares
+    o = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # (ROWS,)
+    inside = o < outputs
+    d = tl.arange(0, D)
+    total = tl.zeros((ROWS, D), dtype=tl.float32)
+    for split in range(0, splits):
+        places = parts + ((o + split * outputs) * D)[:, None] + d[None, :]
+        total += tl.load(places, mask=inside[:, None], other=0.0)
+    if BIAS:  # noqa: SIM102 - known when compiling, unlike the next
+        if share == 0:
+            bias = tl.zeros((ROWS,), dtype=tl.float32)
+            for split in range(0, splits):
+                bias += tl.load(bias_parts + o + split * outputs, mask=inside, other=0.0)
+            tl.store(bias_grad + o, bias.to(bias_grad.dtype.element_ty), mask=inside)
+    tiles = tl.cdiv(features, COLUMNS)
+    size = tl.cdiv(tiles, shares)
+    for column in range(share * size, tl.minimum((share + 1) * size, tiles)):
+        c = (column * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)  # (COLUMNS,)
+        rows = tl.load(factor + c[:, None] * D + d[None, :], mask=(c < features)[:, None], other=0.0)  # (COLUMNS, D)
+        product = tl.dot(total, tl.trans(rows), input_precision=PRECISION)  # (ROWS, COLUMNS)
+        places = weight_grad + o[:, None] * features + c[None, :]
+        tl.store(places, product.to(weight_grad.dtype.element_ty), mask=inside[:, None] & (c < features)[None, :])
+
+
+def tile_for(way: str, first: int, second: int, outputs: int, tokens: int, itemsize: int) -> Tile:
+    """The tile for padded ranks of the tokens and the features."""
+    terms = min(128 // itemsize, power_of_two(tokens))
+    inner = second if way == "kept" else first
+
+    def tile(rows: int, warps: int) -> Tile:
+        stage = (rows * itemsize + inner * (4 if way == "expand" else itemsize)) * terms
+        return Tile(rows, terms, warps, stages_for(stage, 0 if way == "kept" else 4 * first * second))
+
+    listed = [tile(128, 4), tile(128, 8), tile(64, 4), tile(64, 8)]
+    if itemsize == 4:
+        listed = [tile._replace(stages=2) for tile in listed[1:]]
+    operands = 0 if way == "kept" else first * second
+    terms_of_float32 = 1.5 if itemsize == 4 else 1.0  # a product in three parts
+    return fitting(
+        [tile for tile in listed if tile.stream <= max(64, power_of_two(outputs))],
+        registers=lambda tile: terms_of_float32 * (tile.stream * (inner + second) + operands) / (32 * tile.warps),
+        rereads=lambda tile: inner / tile.stream,
+    )
+
+
+def linear_weight_grads(
+    grad_output: torch.Tensor, core: torch.Tensor, factors: Factors, with_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Both gradients by two launches; None for what these do not cover.
+
+    Args:
+        grad_output: `(..., O)`, float32, bfloat16 or float16.
+        core: the input's core, one rank a mode.
+        factors: one `(size, rank)` matrix or None a mode of the input.
+        with_bias: whether to sum `grad_output` up too.
+
+    Returns:
+        `(O, D)`, and `(O,)` or None, in the dtype of `grad_output`.
+    """
+    _check_weight_grad(grad_output, core, factors)
+    feature, feature_rank = factors[-1], core.shape[-1]
+    if grad_output.dtype == torch.float64 or not (grad_output.numel() and core.numel()) or feature_rank > MAX_RANK:
+        return None
+    shapes = [None if factor is None else factor.shape for factor in factors]
+    projects, _ = _weight_grad_plan(grad_output.shape, core.shape, shapes)
+    token = factors[-2] if core.dim() > 1 else None
+    if token is not None and token.shape[1] > MAX_RANK:
+        token = None
+    kept = core
+    for mode, factor in enumerate(factors[:-1]):
+        if factor is not None and not (mode == core.dim() - 2 and token is not None):
+            kept = mode_product(kept.float(), factor.float(), mode)
+    outputs = grad_output.shape[-1]
+    tokens = math.prod(grad_output.shape[:-1]) if token is None else token.shape[0]
+    grad = grad_output.reshape(-1, tokens, outputs)
+    kept = kept.reshape(grad.shape[0], -1, feature_rank).contiguous()
+    way = "kept" if token is None else "project" if projects else "expand"
+    first, second = 16 if token is None else power_of_two(token.shape[1]), power_of_two(feature_rank)
+    itemsize = grad.element_size()
+    tile = choose(f"linear_weight_grad, {way}", (first, second, outputs, tokens, itemsize), _tile_for(way))
+    matrix = kept
+    if token is not None:
+        matrix = kronecker([token], grad.dtype if way == "project" else torch.float32, first)
+    tiles = triton.cdiv(outputs, tile.stream)
+    chunks = 1 if 2 * grad.shape[0] * tiles >= 512 else triton.cdiv(tokens, 4 * tile.sum)
+    units = grad.shape[0] * chunks
+    splits = splits_for(tiles, units, 4 * outputs * second, grad.numel() * itemsize)
+    steps = grad.stride()
+    unit = 1
+    if steps[2] == 1:
+        unit = alignment(itemsize, outputs, *steps[:2])
+    parts = grad.new_empty((splits, outputs, second), dtype=torch.float32)
+    bias_parts = grad.new_empty((splits, outputs) if with_bias else 1, dtype=torch.float32)
+    precision = matmul_precision(grad.dtype)
+    weight_grad_kernel[(tiles * splits,)](
+        grad,
+        matrix,
+        kept,
+        parts,
+        bias_parts,
+        tokens,
+        outputs // unit,
+        kept.shape[1],
+        feature_rank,
+        chunks,
+        units,
+        splits,
+        steps[0] // unit,
+        steps[1] // unit,
+        steps[2] // unit,
+        OUTPUT_UNIT=unit,
+        OUTPUT_CONTIGUOUS=steps[2] == 1,
+        ALIGN=unit,
+        WAY=way,
+        BIAS=with_bias,
+        K=first,
+        D=second,
+        STREAM=tile.stream,
+        SUM=tile.sum,
+        PRECISION=precision,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if feature is None:
+        bias_grad = bias_parts.sum(0).to(grad.dtype) if with_bias else None
+        return parts.sum(0)[:, :feature_rank].to(grad.dtype).contiguous(), bias_grad
+    features = feature.shape[0]
+    weight_grad = grad.new_empty((outputs, features))
+    bias_grad = grad.new_empty(outputs) if with_bias else None
+    rows, columns = 64, 64
+    row_tiles = triton.cdiv(outputs, rows)
+    shares = max(1, min(triton.cdiv(features, columns), 256 // row_tiles))
+    reduce_kernel[(row_tiles * shares,)](
+        parts,
+        bias_parts,
+        kronecker([feature], torch.float32, second),
+        weight_grad,
+        bias_parts if bias_grad is None else bias_grad,
+        outputs,
+        features,
+        splits,
+        shares,
+        BIAS=with_bias,
+        D=second,
+        ROWS=rows,
+        COLUMNS=columns,
+        PRECISION=precision,
+        num_warps=4,
+        num_stages=2,
+    )
+    return weight_grad, bias_grad
+
+
+def _tile_for(way: str):
+    return lambda *shape: tile_for(way, *shape)
+
+
+def linear_weight_grad(grad_output: torch.Tensor, core: torch.Tensor, factors: Factors) -> torch.Tensor:
+    """`lance::linear_weight_grad`; float64, and ranks above `MAX_RANK`, take the reference."""
+    grads = linear_weight_grads(grad_output, core, factors, with_bias=False)
+    return _weight_grad_reference(grad_output, core, factors) if grads is None else grads[0]
+
+
+def linear_weight_bias_grad(
+    grad_output: torch.Tensor, core: torch.Tensor, factors: Factors
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`lance::linear_weight_bias_grad`; float64, and ranks above `MAX_RANK`, take the reference."""
+    grads = linear_weight_grads(grad_output, core, factors, with_bias=True)
+    if grads is None or grads[1] is None:
+        return _weight_bias_grad_reference(grad_output, core, factors)
+    return grads[0], grads[1]

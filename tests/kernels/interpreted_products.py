@@ -1,0 +1,290 @@
+"""Runs the projection and the weight gradients under the strict interpreter; a program that a test starts.
+
+With a number as its argument it draws as many random cases of each instead.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import random
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from lance_kernels.kernels import convolution_weight_grad, linear, tucker
+from lance_kernels.kernels._common import WORKSPACE_BYTES, WORKSPACE_SHARE
+from lance_kernels.ops.convolution import Geometry, output_size
+from lance_kernels.ops.convolution_weight_grad import _weight_grad
+from tests.kernels.strict import Launch, strict
+from tests.ops.cases import assert_near, dense, lay_out, orthonormal
+
+Ranks = Sequence["int | None"]
+COUNTED = ("x", "first", "second", "grad", "factor", "rows", "columns", "core", "parts", "bias_parts")
+NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which older mmap modules do not name
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def factors_for(shape: Sequence[int], ranks: Ranks, dtype: torch.dtype = FP32) -> list[torch.Tensor | None]:
+    return [None if rank is None else orthonormal(size, rank, dtype) for size, rank in zip(shape, ranks)]
+
+
+def rounded(factors: list[torch.Tensor | None], dtype: torch.dtype) -> list[torch.Tensor | None]:
+    """Factors as a bfloat16 or float16 product reads them, so that only the kernel's own roundings are left."""
+    return [None if factor is None else factor.to(dtype).float() for factor in factors]
+
+
+def assert_read_once(launch: Launch, argument: str, elements: int) -> None:
+    """Each of so many elements was loaded exactly once."""
+    counts = launch.loads(argument)
+    assert counts.max() == 1
+    assert counts.sum() == elements
+
+
+def assert_workspace(launch: Launch, argument: str, streamed: torch.Tensor) -> None:
+    bound = max(WORKSPACE_BYTES, WORKSPACE_SHARE * streamed.numel() * streamed.element_size())
+    region = launch.regions[argument]
+    assert region.span * region.size <= bound
+
+
+def project(shape: Sequence[int], ranks: Ranks, dtype: torch.dtype, layout: str = "contiguous") -> list[Launch]:
+    x, factors = lay_out(torch.randn(*shape).to(dtype), layout), rounded(factors_for(shape, ranks), dtype)
+    with strict(counted=COUNTED) as launches:
+        core = tucker.tucker_project(x, factors)
+    assert core.is_contiguous()
+    assert core.dtype == dtype
+    assert_near(core, dense(x, factors), factor=2)
+    if launches:
+        assert len(launches) == 1
+        assert_read_once(launches[0], "x", x.numel())
+    return launches
+
+
+def linear_grads(
+    shape: Sequence[int], ranks: Ranks, outputs: int, dtype: torch.dtype, layout: str = "contiguous"
+) -> list[Launch]:
+    grad = lay_out(torch.randn(*shape[:-1], outputs).to(dtype), layout)
+    factors = rounded(factors_for(shape, ranks), dtype)
+    core = torch.randn([rank or size for size, rank in zip(shape, ranks)]).to(dtype)
+    with strict(counted=COUNTED) as launches:
+        weight_grad, bias_grad = linear.linear_weight_bias_grad(grad, core, factors)
+        alone = linear.linear_weight_grad(grad, core, factors)
+    wide = dense(core, factors, transpose=False)
+    terms = grad.numel() // outputs
+    expected = torch.tensordot(grad.double().reshape(-1, outputs), wide.reshape(-1, shape[-1]), dims=([0], [0]))
+    assert_near(weight_grad, expected, factor=2, terms=terms)
+    assert_near(bias_grad, grad.double().reshape(-1, outputs).sum(0), factor=2, terms=terms)
+    if launches:
+        assert torch.equal(weight_grad, alone)
+        assert_read_once(launches[0], "grad", grad.numel())
+        assert_workspace(launches[0], "parts", grad)
+    return launches
+
+
+def convolution_grad(
+    shape: Sequence[int],
+    ranks: Ranks,
+    weight: Sequence[int],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    layout: str = "contiguous",
+    shifts: bool = True,
+) -> list[Launch]:
+    """The kernel where `shifts`, whatever the cost model says; otherwise the whole launcher."""
+    factors = rounded(factors_for(shape, ranks), dtype)
+    grad = lay_out(torch.randn(output_size(shape, weight, geometry)).to(dtype), layout)
+    core = torch.randn([rank or size for size, rank in zip(shape, ranks)]).to(dtype)
+    with strict(counted=COUNTED) as launches:
+        if shifts:
+            spatial = [factor for factor in factors[2:] if factor is not None]
+            thin = convolution_weight_grad.shifted_sums(grad, core, spatial, weight, geometry)
+            product = torch.tensordot(thin, factors[1], dims=([1], [1])).movedim(-1, 1).to(dtype)
+        else:
+            product = convolution_weight_grad.convolution_weight_grad(grad, core, factors, weight, *geometry)
+    wide = [None if factor is None else factor.double() for factor in factors]
+    expected = _weight_grad(grad.double(), core.double(), wide, list(weight), geometry)
+    assert_near(product, expected, factor=3, terms=grad[:, 0].numel())
+    if shifts:
+        assert_read_once(launches[0], "grad", grad.numel())
+        assert_workspace(launches[0], "parts", grad)
+    return launches
+
+
+def plain(kernel: Sequence[int], **changes: object) -> Geometry:
+    """Stride 1 and half the kernel as padding."""
+    return Geometry([1] * len(kernel), [size // 2 for size in kernel], [1] * len(kernel), 1)._replace(**changes)
+
+
+def check_projection() -> None:
+    project((3, 70, 90), (None, 5, 17), BF16)
+    project((3, 70, 90), (None, 1, 3), FP32)
+    project((2, 33, 40), (None, 33, 7), FP16, "sliced")
+    project((3, 70, 90), (None, 5, None), BF16)
+    project((70, 90), (None, 7), FP16)
+    project((2, 3, 20, 36), (2, 2, 5, 7), FP32)
+    project((2, 24, 14, 14), (None, 7, 3, 3), BF16)
+    project((2, 24, 14, 14), (None, 7, 3, 3), BF16, "channels_last")
+    project((2, 24, 10, 6), (1, 7, None, 3), FP16, "transposed")
+    project((2, 9, 40), (None, 3, 5), BF16)
+    project((1, 5, 6, 7, 8), (None, 2, 3, 2, 3), FP32, "channels_last")
+    project((1, 4, 130, 150), (None, 2, 6, 16), FP32)
+    assert not project((2, 5, 3), (None, 2, 2), torch.float64)
+    assert not project((2, 0, 3), (None, None, 2), FP32)
+
+
+def check_rereads() -> None:
+    """The table's shapes, cut down where neither the tile nor the share of re-reads changes."""
+    for shape, ranks in (
+        ((1, 1024, 512), (None, 64, 128)),
+        ((1, 256, 56, 56), (None, 32, 8, 8)),
+        ((1, 1024, 14, 14), (None, 64, 4, 4)),
+    ):
+        launch = project(shape, ranks, BF16)[0]
+        assert (launch.loads("first").sum() + launch.loads("second").sum()) / math.prod(shape) <= 0.5
+        assert_workspace(launch, "core", torch.empty(shape, dtype=BF16))
+    launch = linear_grads((1, 1024, 256), (None, 64, 128), 512, BF16)[0]
+    assert launch.loads("factor").sum() / (1024 * 512) <= 0.5
+    launch = convolution_grad((2, 32, 28, 28), (None, 32, 6, 6), (16, 32, 3, 3), plain((3, 3)), BF16)[0]
+    assert (launch.loads("rows").sum() + launch.loads("columns").sum()) / (2 * 16 * 28 * 28) <= 0.5
+
+
+def check_linear() -> None:
+    linear_grads((3, 50, 40), (None, 5, 17), 70, BF16)
+    linear_grads((3, 50, 40), (None, 17, 5), 70, FP32)
+    linear_grads((3, 50, 40), (None, None, 17), 72, FP16)
+    linear_grads((3, 50, 40), (2, 5, 1), 33, BF16, "transposed")
+    linear_grads((2, 3, 20, 40), (None, 2, 5, None), 16, BF16)
+    linear_grads((50, 40), (None, 17), 72, BF16, "sliced")
+    linear_grads((40,), (7,), 20, FP32)
+    assert not linear_grads((3, 5, 6), (None, 2, 3), 4, torch.float64)
+
+
+def check_convolution() -> None:
+    square = plain((3, 3))
+    convolution_grad((3, 10, 9, 7), (None, 5, 3, 2), (20, 10, 3, 3), square, BF16)
+    strided = plain((3, 2), stride=[2, 1], padding=[1, 2], dilation=[1, 2], padding_mode="reflect")
+    convolution_grad((3, 10, 19, 21), (None, 5, 3, 2), (20, 10, 3, 2), strided, FP32, "channels_last")
+    convolution_grad((2, 10, 40, 70), (None, 5, 6, 6), (18, 10, 3, 3), square, BF16, "channels_last")
+    convolution_grad((2, 10, 36, 20), (None, 5, 1, 7), (18, 10, 1, 5), plain((1, 5)), FP16)
+    launches = convolution_grad(
+        (3, 10, 24, 24), (2, 5, 2, 2), (6, 5, 3, 3), square._replace(groups=2), BF16, shifts=False
+    )
+    assert len(launches) == 1
+    assert not convolution_grad((2, 10, 5, 5), (None, 3, 4, 4), (8, 10, 3, 3), square, FP32, shifts=False)
+    assert not convolution_grad((2, 10, 9), (None, 3, 4), (8, 10, 3), plain((3,)), BF16, shifts=False)
+    assert not convolution_grad((2, 10, 9, 9), (None, 3, None, 4), (8, 10, 3, 3), square, FP16, shifts=False)
+    assert not convolution_grad(
+        (2, 10, 9, 9), (None, 3, 3, 4), (10, 1, 3, 3), square._replace(groups=10), FP16, shifts=False
+    )
+
+
+def check_precision() -> None:
+    """Float32 products follow PyTorch's setting; bfloat16 errors stay near those of float32 intermediates."""
+    x, factors = torch.randn(2, 64, 96), factors_for((2, 64, 96), (None, 16, 16))
+    errors = {}
+    for allowed in ("ieee", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = allowed
+        with strict():
+            core = tucker.tucker_project(x, factors)
+        errors[allowed] = (core.double() - dense(x, factors)).norm() / dense(x, factors).norm()
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert errors["ieee"] < 1e-6 < 1e-4 < errors["tf32"] < 2e-3
+
+    def ratio(result: torch.Tensor, exact: torch.Tensor, unfused: torch.Tensor) -> float:
+        return float((result.double() - exact).norm() / (unfused.double() - exact).norm())
+
+    narrow = x.to(BF16)
+    with strict():
+        core = tucker.tucker_project(narrow, factors)
+        grad = torch.randn(2, 64, 80).to(BF16)
+        weight_grad = linear.linear_weight_grad(grad, core, factors)
+    exact = dense(narrow, factors)
+    assert ratio(core, exact, exact.float().to(BF16)) <= 1.5
+    exact = torch.einsum("bno,bnd->od", grad.double(), dense(core, factors, transpose=False))
+    assert ratio(weight_grad, exact, exact.float().to(BF16)) <= 1.5
+
+
+def check_same_bits() -> None:
+    """Whatever the order of programs."""
+    x, factors = torch.randn(2, 300, 70).to(BF16), factors_for((2, 300, 70), (None, 20, 9))
+    grad = torch.randn(2, 300, 90).to(BF16)
+    results = []
+    for seed in (1, 2):
+        with strict(seed=seed):
+            core = tucker.tucker_project(x, factors)
+            results.append((core, *linear.linear_weight_bias_grad(grad, core, factors)))
+    assert all(torch.equal(left, right) for left, right in zip(*results))
+
+
+def check_far_offsets() -> None:
+    """Elements more than 2^31 apart, in memory that only the touched pages of exist."""
+    far = 2**31 + 64
+    memory = mmap.mmap(-1, 2 * (far + 2**14), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+    pages = torch.frombuffer(memory, dtype=BF16)
+    factors = rounded(factors_for((2, 40, 64), (None, 5, 9)), BF16)
+    for strides in ((far, 64, 1), (64 * 40, 64, 1)):
+        x = pages[: far + 2**14].as_strided((2, 40, 64), strides, 0 if strides[0] == far else far)
+        x.copy_(torch.randn(2, 40, 64))
+        with strict():
+            core = tucker.tucker_project(x, factors)
+            weight_grad = linear.linear_weight_grad(x, core, factors)
+        assert_near(core, dense(x, factors), factor=2)
+        expected = torch.einsum("bno,bnd->od", x.double(), dense(core, factors, transpose=False))
+        assert_near(weight_grad, expected, factor=2, terms=80)
+        images = x.view(2, 40, 8, 8)
+        spatial = rounded(factors_for((2, 40, 8, 8), (None, 5, 3, 3)), BF16)
+        kept = torch.randn(2, 5, 3, 3).to(BF16)
+        with strict():
+            thin = convolution_weight_grad.shifted_sums(images, kept, spatial[2:], (40, 40, 3, 3), plain((3, 3)))
+        wide = [None, None, *(factor.double() for factor in spatial[2:])]
+        exact = _weight_grad(images.double(), kept.double(), wide, [40, 5, 3, 3], plain((3, 3)))
+        assert_near(thin, exact, factor=500, terms=80)
+
+
+CHECKS = (
+    check_projection,
+    check_linear,
+    check_convolution,
+    check_rereads,
+    check_precision,
+    check_same_bits,
+    check_far_offsets,
+)
+
+
+def draw(rng: random.Random) -> None:
+    """One random case of each kernel."""
+    dtype = rng.choice((BF16, FP16, FP32))
+    shape = [rng.randint(1, 4), *(rng.randint(1, 40) for _ in range(rng.randint(1, 3)))]
+    ranks = [None if rng.random() < 0.4 else rng.randint(1, min(size, 30)) for size in shape]
+    layout = rng.choice(("contiguous", "sliced", "transposed", "channels_last"))
+    project(shape, ranks, dtype, layout)
+    linear_grads(shape, ranks, rng.randint(1, 90), dtype, layout)
+    spatial = [rng.randint(5, 40), rng.randint(5, 40)]
+    channels, outputs, kernel = rng.randint(1, 12), rng.randint(1, 20), [rng.randint(1, 3), rng.randint(1, 3)]
+    ranks = [None, rng.randint(1, channels), *(rng.randint(1, min(size, 7)) for size in spatial)]
+    geometry = Geometry(
+        [rng.randint(1, 2), rng.randint(1, 2)],
+        [rng.randint(0, 2), rng.randint(0, 2)],
+        [rng.randint(1, 2), rng.randint(1, 2)],
+        1,
+        rng.choice(("zeros", "reflect", "replicate", "circular")),
+    )
+    images = (rng.randint(1, 3), channels, *spatial)
+    convolution_grad(images, ranks, (outputs, channels, *kernel), geometry, dtype, layout, shifts=True)
+
+
+def main(examples: int) -> None:
+    torch.manual_seed(0)
+    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
+    rng = random.Random(0)
+    for _ in range(examples):
+        draw(rng)
+    for check in () if examples else CHECKS:
+        check()
+    print(f"{examples or len(CHECKS)} checks")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
