@@ -55,6 +55,7 @@ demo: build
 
 bench: build
 	$(PY) -m benchmarks
+	$(PY) -m pytest -q benchmarks --benchmark-enable
 
 cmake: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cmake -G Ninja -DPython3_EXECUTABLE=$(PY)
