@@ -156,7 +156,7 @@ def _gains(rows: list[Row]) -> list[tuple[float, float, str]]:
     by_energy: dict[float, dict[str, dict[str, float]]] = {}
     for row in rows:
         if row.quantity == "gradient cosine" and "energy" in row.details:
-            by_energy.setdefault(row.details["energy"], {})[row.method] = row.details["cosines"]
+            by_energy.setdefault(row.details["energy"], {})[row.details["form"]] = row.details["cosines"]
     return [
         (found["lance"][layer] - found["published"][layer], energy, layer)
         for energy, found in by_energy.items()
@@ -195,7 +195,7 @@ def _at_published_bytes(rows: list[Row]) -> Table:
     if chosen:
         table.columns = (*table.columns, *chosen[0].details["cosines"])
     for energy in dict.fromkeys(row.details["energy"] for row in chosen):
-        pair = {row.method: row.details for row in chosen if row.details["energy"] == energy}
+        pair = {row.details["form"]: row.details for row in chosen if row.details["energy"] == energy}
         one, ours = pair["published"], pair["lance"]
         layers = [f"{one['cosines'][name]:.3f} / {ours['cosines'][name]:.3f}" for name in one["cosines"]]
         means = [_mean(list(found["cosines"].values())) for found in (one, ours)]
