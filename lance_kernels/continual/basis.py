@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-BLOCK = 32  # vectors applied together
+BLOCK = 64  # vectors applied together
 
 
 class Basis:

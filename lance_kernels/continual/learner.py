@@ -385,7 +385,7 @@ class NullSpaceLearner:
             moved = torch.stack([protection.moved().to(guarding[0].layer.weight.device) for protection in guarding])
             for protection, distance in zip(guarding, moved.tolist()):
                 if not distance <= 1:
-                    protection.restore_()
+                    protection.restore_(distance)
 
     def _remember(self) -> None:
         for index, protection in enumerate(self._protected.values()):

@@ -13,6 +13,8 @@ from lance_kernels.ops._checks import accumulation_dtype
 PROBES = 8
 # A weight is brought back when its protected part has moved by this many roundings of its own.
 ROUNDINGS = 2.0
+# A weight that moved this many times as far does so at every step, and is brought back in its own precision.
+FAR = 16.0
 
 
 class Protection:
@@ -20,9 +22,8 @@ class Protection:
 
     The weight is read as `(groups, O / groups, n)`. With `M` the protected directions and `C = W M` remembered,
     `W - (W M - C) M^T` is the nearest weight that agrees with `C`. How far a weight is from it is estimated by fixed
-    random combinations `z` of the directions, `W (M z) - C z`: with 8 of them it takes less than a hundredth of the
-    work, and misses a change of five times the threshold once in 10^5 times at worst, that of a change along one
-    direction.
+    random combinations `z` of the directions, `W (M z) - C z`: 8 of them miss a change of five times the threshold once
+    in 10^5 times at worst, that of a change along one direction. Up to 8 directions are looked at one by one.
 
     Args:
         layer: the layer.
@@ -61,32 +62,38 @@ class Protection:
             return
         wide = self._weight(torch.float64)
         self.product = self.basis.components(wide).to(accumulation_dtype(self.layer.weight.dtype))
-        if width > 2 * PROBES:
-            generator = torch.Generator().manual_seed(seed)
-            combinations = torch.randn(self.groups, PROBES, width, dtype=torch.float64, generator=generator)
-            combinations = combinations.to(self.layer.weight.device)
-            probes = self.basis.expand(combinations).mT.contiguous()
-            self.probes = probes.to(self.product.dtype)
-            # With the rounded combinations, so that rounding them moves nothing.
-            self.targets = wide @ self.probes.double()
+        count = min(width, PROBES)
+        generator = torch.Generator().manual_seed(seed)
+        combinations = torch.randn(self.groups, count, width, dtype=torch.float64, generator=generator) / count**0.5
+        if count == width:
+            combinations = torch.eye(width, dtype=torch.float64).repeat(self.groups, 1, 1)
+        probes = self.basis.expand(combinations.to(wide.device)).mT.contiguous()
+        self.probes = probes.to(self.product.dtype)
+        # With the rounded combinations, so that rounding them moves nothing.
+        self.targets = wide @ self.probes.double()
         self.product = self.product.to(self.basis.packed.device)
 
     def moved(self) -> torch.Tensor:
         """How far the weight's protected part is from what it must be, over its norm and the threshold; 0-dim."""
-        if self.probes is None or self.targets is None:
-            return self.layer.weight.new_tensor(torch.inf)
+        assert self.probes is not None
+        assert self.targets is not None
         # In float32, these sums round by more than the threshold.
         weight = self._weight(torch.float64)
-        away: torch.Tensor = (weight @ self.probes.double() - self.targets).norm() / PROBES**0.5
+        away: torch.Tensor = (weight @ self.probes.double() - self.targets).norm()
         return away.div(ROUNDINGS * torch.finfo(self.layer.weight.dtype).eps * weight.norm())
 
-    def restore_(self) -> None:
-        """Brings the weight back."""
+    def restore_(self, distance: float) -> None:
+        """Brings the weight back.
+
+        Args:
+            distance: how far it has moved, as `moved` gives it.
+        """
         assert self.product is not None
-        # In float32, reflections round by more than the threshold, and every later step would bring it back again.
-        wide = self._weight(torch.float64)
-        wide -= self.basis.expand(self.basis.components(wide) - self.product.to(wide.device))
-        self.layer.weight.detach().copy_(wide.view_as(self.layer.weight))
+        # Reflections in float32 round by more than the threshold: a weight that stays would be brought back every step.
+        weight = self._weight(torch.float64 if distance < FAR else None)
+        away = self.basis.components(weight) - self.product.to(weight.device)
+        weight = weight - self.basis.expand(away)
+        self.layer.weight.detach().copy_(weight.view_as(self.layer.weight))
 
     def project(self, grad: torch.Tensor) -> torch.Tensor:
         """The part of a weight's gradient along free directions."""
@@ -116,8 +123,8 @@ class Protection:
         rows = self.layer.weight.shape[0] // self.groups
         shapes = {
             "product": (self.groups, rows, max(state["counts"])),
-            "probes": (self.groups, self.size, PROBES),
-            "targets": (self.groups, rows, PROBES),
+            "probes": (self.groups, self.size, min(max(state["counts"]), PROBES)),
+            "targets": (self.groups, rows, min(max(state["counts"]), PROBES)),
         }
         for name, shape in shapes.items():
             if state[name] is not None and tuple(state[name].shape) != shape:

@@ -19,7 +19,7 @@ import torch
 from lance_kernels.ops._checks import accumulation_dtype, check, check_factors, check_floating, check_same
 from lance_kernels.ops._padding import pad_spatial
 from lance_kernels.ops._registry import apply, below_autograd, define, not_differentiable
-from lance_kernels.ops.convolution import Geometry, _input_grad, check_geometry, output_size
+from lance_kernels.ops.convolution import Geometry, _input_grad, _split_padding, check_geometry, output_size
 from lance_kernels.ops.tucker import Factors, mode_product, mode_product_flops, ranks_of
 
 
@@ -185,12 +185,13 @@ def _project_reference(
     pairs = _check_project(x, factor, kernel, geometry)
     wide = accumulation_dtype(x.dtype)
     filters = _filters(factor.to(wide), x.shape[1] // groups, kernel)
+    inner, outer = _split_padding(pairs, padding_mode)
     core: torch.Tensor = torch.ops.aten.convolution(
-        pad_spatial(x.to(wide), pairs, padding_mode),
+        pad_spatial(x.to(wide), outer, padding_mode),
         filters,
         None,
         stride,
-        [0] * len(pairs),
+        inner,
         dilation,
         False,
         [0] * len(pairs),

@@ -13,6 +13,8 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from lance_kernels.ops import patch_convolution, patch_gram_, patch_project, patch_weight_grad
+from lance_kernels.ops.patch import _weight_grad_reference
+from tests.csrc.test_cpu_kernels import poisoned
 from tests.ops.cases import DTYPES, LAYOUTS, Geometry, assert_near, cast, geometries, lay_out, orthonormal
 
 ops = torch.ops.lance
@@ -161,6 +163,42 @@ def test_holds_the_core_and_nothing_else_of_the_input():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.shape) or t, lambda t: t):
         _, core = patch_convolution(x, weight, None, *GEOMETRY.arguments, factor, [None, None])
     assert sorted(held) == sorted([core.shape, factor.shape])
+
+
+# Sizes of whole blocks and panels and their neighbours, in every order of memory.
+LARGE = [
+    (3, 8, (33, 17), 12, (3, 3), [1, 1], [1, 1], [1, 1], 1, 70),
+    (2, 40, (9, 40), 49, (3, 2), [2, 1], [0, 2], [1, 2], 1, 13),
+    (70, 16, (3, 3), 8, (2, 2), [1, 1], [0, 0], [1, 1], 4, 5),
+    (2, 20, (8, 7, 9), 20, (2, 3, 1), [1, 2, 1], [1, 0, 0], [1, 1, 1], 20, 3),
+    (5, 33, (600,), 7, (5,), [3], [4], [2], 1, 100),
+]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_compiled_kernels_on_whole_blocks_and_threads(case, dtype, layout):
+    *sizes, rank = case
+    geometry = Geometry(*sizes, "zeros")
+    x = lay_out(torch.randn(geometry.input_size).to(dtype), layout)
+    factor = a_factor(geometry, min(rank, patch_size(geometry)))
+    for name in ("patch_project", "patch_gram_", "patch_weight_grad"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lance::{name}", "CPU")
+    for count in (1, 3):
+        with poisoned(count):
+            core = patch_project(x, factor, *arguments(geometry))
+            gram = torch.zeros(geometry.groups, patch_size(geometry), patch_size(geometry))
+            patch_gram_(gram, x, *arguments(geometry))
+            grad = lay_out(torch.randn(geometry.batch, geometry.outputs, *core.shape[2:]).to(dtype), layout)
+            spatial = [None, *(orthonormal(size, (size + 1) // 2) for size in core.shape[3:])]
+            kept = ops.tucker_project(core, [None, None, *spatial])
+            weight = patch_weight_grad(grad, kept, factor, spatial, geometry.weight_size, geometry.groups)
+        assert_near(core, projected(geometry, x, factor), factor=2, terms=patch_size(geometry))
+        columns = patches(geometry, x).flatten(2)
+        assert_near(gram, columns @ columns.mT, factor=2, terms=columns.shape[2])
+        wide = (grad.double(), kept.double(), factor, spatial, geometry.weight_size, geometry.groups)
+        assert_near(weight, _weight_grad_reference(*wide), factor=2, terms=columns.shape[2])
 
 
 def test_empty_batch():
