@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.finetune import step
+import lance_kernels as lance
+from benchmarks.finetune import loss_of, step
 from benchmarks.methods.interface import Batch, Method
 from benchmarks.methods.kept import kept_layers
-from benchmarks.methods.measure import counted_bytes, dense_bytes, factor_bytes, flops, held_and_peak
+from benchmarks.methods.measure import counted_bytes, dense_bytes, factor_bytes, flops
 from benchmarks.registry import Context
 from benchmarks.results import Row, make_rows
 from benchmarks.timing import interleave
@@ -59,12 +60,13 @@ def measure_steps(
         except TypeError:
             continue
         tables["calibration"][name] = [time.perf_counter() - start]
-        held, peak = held_and_peak(changed, loader[0])
-        tables["held bytes"][name], tables["peak bytes"][name] = [float(held)], [float(peak)]
+        report = lance.report(changed, loader[0][0], loss_of(loader[0][1]))
+        tables["held bytes"][name], tables["peak bytes"][name] = [float(report.held_bytes)], [float(report.peak_bytes)]
         tables["operations"][name] = [float(sum(found.values()))]
         details[name] = dict(found)
         if not name.startswith((*RECOMPUTING, "LoRA")):
-            tables["counted bytes"][name] = [float(counted_bytes(changed, names, loader[0]))]
+            counted = report.counted_bytes if report.layers else counted_bytes(changed, names, loader[0])
+            tables["counted bytes"][name] = [float(counted)]
             tables["factor bytes"][name] = [float(factor_bytes(changed))]
         prepared[name] = changed
     for entry in details.values():
