@@ -1,0 +1,117 @@
+"""Runs the kernels of batch norm, rows in 8 bits and max pooling under Triton's interpreter; a test starts it."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from lance_kernels.kernels import batch_norm, pooling, quantize_rows
+from lance_kernels.ops._layout import memory_order
+from lance_kernels.ops.batch_norm import frozen_grad_reference, mask_reference, relu_grad_reference
+from lance_kernels.ops.mask import condition, pack_bits
+from lance_kernels.ops.pooling import max_pool_grad_reference, max_pool_offsets_reference
+from lance_kernels.ops.quantize_rows import dequantize_reference, quantize_reference
+from tests.kernels.strict import strict
+from tests.ops.companion_cases import assert_same_bits, with_special
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IMAGES = [(1, 1, 1), (2, 3, 5), (2, 5, 3, 7), (0, 4, 2, 2), (2, 8, 11, 17)]
+WINDOWS = [  # kernel, stride, padding, dilation, ceil mode
+    ((3, 3), (2, 2), (1, 1), (1, 1), False),
+    ((2, 3), (1, 2), (0, 1), (2, 1), True),
+    ((2, 2), (3, 3), (1, 0), (1, 1), False),
+    ((2, 2, 3), (2, 1, 2), (1, 1, 0), (1, 2, 1), True),
+]
+ROWS = [((6, 10), 1, 6), ((2, 3, 4, 5), 2, 3), ((1, 1), 1, 1), ((0, 4), 1, 4), ((40, 33, 7), 40, 33), ((3, 2100), 1, 3)]
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """`x` with its channels fastest in memory."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, scale: float = 1.0) -> None:
+    """Asserts equality to a few units of rounding of values of `scale`, NaN for NaN."""
+    eps = torch.finfo(expected.dtype).eps
+    torch.testing.assert_close(found, expected, rtol=4 * eps, atol=4 * eps * scale, equal_nan=True)
+
+
+def check_batch_norm(shape: tuple[int, ...], dtype: torch.dtype, last: bool, affine: bool, high: float | None) -> None:
+    x, grad = with_special(shape, dtype), with_special(shape, dtype)
+    if last:
+        x, grad = channels_last(x), channels_last(grad)
+    order, channels = memory_order(x), shape[1]
+    weight, bias, mean = (torch.randn(channels) for _ in range(3))
+    var = torch.rand(channels) + 0.1
+    args = (weight if affine else None, bias if affine else None, mean, var, 1e-5, high)
+    y, bits = batch_norm.batch_norm_relu_mask(x, *args, order)
+    expected, _ = mask_reference(x, *args, order)
+    close(y, expected, 100.0)
+    assert y.stride() == expected.stride()
+    # Where the result is inside the bounds the bit is set, and where it is on one it may be rounded there.
+    flat = y.permute(*order).contiguous()
+    own = condition(flat, None if high is None else 0.0, high, None)
+    assert torch.equal(bits, pack_bits(own))
+    scale = args[0], var, 1e-5, order
+    close(batch_norm.batch_norm_relu_grad(grad, bits, *scale), relu_grad_reference(grad, bits, *scale))
+    close(batch_norm.batch_norm_frozen_grad(grad, *scale), frozen_grad_reference(grad, *scale))
+
+
+def check_rows(shape: tuple[int, ...], outer: int, rows: int, dtype: torch.dtype, centered: bool) -> None:
+    x = torch.randn(shape).to(dtype)
+    if x.numel() > 8:
+        with_rows = x.view(outer, rows, -1)
+        with_rows[:, 0] = 0  # a row without a step
+        with_rows[0, -1, 0] = float("nan") if centered else float("inf")
+    center = torch.randn(rows) if centered else None
+    order = memory_order(x)
+    codes, steps = quantize_rows.quantize_rows(x, center, outer, rows, order)
+    expected, expected_steps = quantize_reference(x, center, outer, rows, order)
+    assert torch.equal(codes, expected)
+    assert torch.equal(steps.isnan(), expected_steps.isnan())
+    assert torch.equal(steps.nan_to_num(), expected_steps.nan_to_num())
+    values = quantize_rows.dequantize_rows(codes, steps, outer, x, order)
+    assert_same_bits(values, dequantize_reference(codes, steps, outer, x, order))
+
+
+def check_max_pool(window: tuple[object, ...], dtype: torch.dtype, last: bool, batched: bool) -> None:
+    spatial = len(window[0])  # type: ignore[arg-type]
+    shape = (2, 5, *(9, 8, 7)[:spatial])
+    x = with_special(shape, dtype)
+    x = channels_last(x) if last else x if batched else x[0]
+    y, offsets = pooling.max_pool_offsets(x, *window)
+    expected, expected_offsets = max_pool_offsets_reference(x, *window)
+    assert_same_bits(y, expected)
+    assert torch.equal(offsets, expected_offsets)
+    assert y.stride() == offsets.stride()
+    # Whole numbers, whose sums do not round: an infinity minus an infinity aside, any order gives the same.
+    grad = torch.randint(-8, 8, y.shape).to(dtype)
+    size = x.shape[-spatial:]
+    found = pooling.max_pool_grad(grad, offsets, size, *window)
+    assert_same_bits(found.abs(), max_pool_grad_reference(grad, offsets, size, *window).abs())
+    assert torch.equal(found, max_pool_grad_reference(grad, offsets, size, *window))
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    cases = 0
+    for shape, dtype, last, affine, high in itertools.product(
+        IMAGES, DTYPES, (False, True), (False, True), (None, 6.0)
+    ):
+        check_batch_norm(shape, dtype, last, affine, high)
+        cases += 1
+    for (shape, outer, rows), dtype, centered in itertools.product(ROWS, DTYPES, (False, True)):
+        check_rows(shape, outer, rows, dtype, centered)
+        cases += 1
+    for window, dtype, (last, batched) in itertools.product(
+        WINDOWS, DTYPES, ((False, True), (True, True), (False, False))
+    ):
+        check_max_pool(window, dtype, last, batched)
+        cases += 1
+    print(f"{cases} cases")
+
+
+if __name__ == "__main__":
+    with strict():
+        main()

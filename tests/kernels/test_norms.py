@@ -1,0 +1,62 @@
+"""Batch norm, rows in 8 bits and max pooling: numbers under the interpreter, and what they compile to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lance_kernels.kernels import batch_norm, pooling, quantize_rows
+from lance_kernels.ops._layout import memory_order
+from tests.kernels.compiled import aligned, compiling_for
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_kernels_agree_with_the_references_under_the_interpreter():
+    answer = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.interpreted_norms"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip() == "192 cases"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_launchers_compile_without_spills(capability):
+    shape = (2, 64, 16, 16)
+    vector, mask = torch.empty(64), torch.empty(2 * 64 * 256 // 8, dtype=torch.uint8)
+    window = ((3, 3), (2, 2), (1, 1), (1, 1), False)
+    with compiling_for(capability) as compiled:
+        for dtype in (torch.float32, torch.bfloat16):
+            last = dtype == torch.bfloat16
+            x = aligned(shape, dtype).to(memory_format=torch.channels_last if last else torch.contiguous_format)
+            order = memory_order(x)
+            batch_norm.batch_norm_relu_mask(x, vector, vector, vector, vector, 1e-5, 6.0, order)
+            batch_norm.batch_norm_relu_grad(x, mask, vector, vector, 1e-5, order)
+            quantize_rows.quantize_rows(x, vector, 512 if last else 2, 64, order)
+            y, offsets = pooling.max_pool_offsets(x, *window)
+            pooling.max_pool_grad(y, offsets, (16, 16), *window)
+            quantize_rows.quantize_rows(x, None, 1, 128, memory_order(x))
+            codes, steps = torch.empty(x.numel(), dtype=torch.int8), torch.empty(128)
+            quantize_rows.dequantize_rows(codes, steps, 1, x, memory_order(x))
+    assert len(compiled) == 2 * 9
+    for kernel in compiled:
+        assert kernel.usage()["STACK"] == 0, kernel.name
+        assert kernel.usage()["LOCAL"] == 0, kernel.name
+
+
+def test_elementwise_passes_load_16_bytes():
+    with compiling_for(90) as compiled:
+        for dtype in (torch.float32, torch.bfloat16):
+            x, vector = aligned((2, 64, 16, 16), dtype), torch.empty(64)
+            batch_norm.batch_norm_frozen_grad(x, None, vector, 1e-5, memory_order(x))
+    assert [max(kernel.load_bytes()) for kernel in compiled] == [16, 16]
