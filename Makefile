@@ -82,10 +82,24 @@ fuzz: build
 aarch64: $(INSTALLED)
 	.ci/aarch64 $(PY)
 
-# On a machine with a GPU: compiles csrc/cuda, then runs every test that wants the device.
-gpu: build
-	$(PY) -c "import torch; assert torch.cuda.is_available(), 'no GPU that this PyTorch can use'"
-	$(PY) -m pytest -q -k "cuda or gpu" $(PYTEST_ARGS)
+# On a machine with a GPU, in the system's own Python where its PyTorch sees one (nothing is installed there), else in the
+# virtual environment: builds, runs the tests of the device, measures; every stage has its own time. GPU_ARGS goes to
+# `python -m benchmarks.gpu`, as in GPU_ARGS="--case 'projection*'" or GPU_ARGS=--models.
+GPU_ARGS ?=
+GPU_JOBS ?= 8
+gpu:
+	@py=$$(python3 -c "import sys, torch; torch.cuda.is_available() and print(sys.executable)" 2>/dev/null); \
+	if [ -z "$$py" ]; then $(MAKE) venv && py=$(PY) || exit 1; fi; \
+	$$py -c "import torch; assert torch.cuda.is_available(), 'no GPU that this PyTorch can use'" || exit 1; \
+	status=0; export PYTHONPATH=.; test="$$py -m pytest -q -o addopts= -p no:cacheprovider --confcutdir=tests/gpu tests/gpu"; \
+	stage() { limit=$$1; shift; echo "== $$*"; \
+		timeout $$limit "$$@" || { status=1; echo "== failed, or longer than its $$limit s: $$*" >&2; }; }; \
+	stage 60 env LANCE_REQUIRE_EXT=1 $$py setup.py -q build_ext --inplace; \
+	stage 120 $$test -n $(GPU_JOBS); \
+	if command -v compute-sanitizer >/dev/null; then \
+		stage 60 compute-sanitizer --error-exitcode 9 $$test -k "mode_grams and contiguous and dtype0"; fi; \
+	stage 230 $$py -m benchmarks.gpu $(GPU_ARGS); \
+	exit $$status
 
 clean:
 	rm -rf build dist *.egg-info lance_kernels/*.so

@@ -75,8 +75,6 @@ def compiled() -> dict[str, Any]:
         from torch.utils import cpp_extension
     except ImportError as error:
         raise NotBuildableError(f"PyTorch does not import: {error}") from error
-    import pybind11
-
     flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"]  # PyTorch's headers have unused parameters
     macros: list[tuple[str, str | None]] = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
@@ -92,7 +90,7 @@ def compiled() -> dict[str, Any]:
             "lance_kernels._build_info",
             sources("python/*.cpp"),
             define_macros=macros,
-            include_dirs=[pybind11.get_include()],
+            include_dirs=pybind11_include(),
             extra_compile_args=flags,
         ),
     ]
@@ -118,6 +116,15 @@ def compiled() -> dict[str, Any]:
             return super().get_ext_filename(fullname)
 
     return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildLibraries}}
+
+
+def pybind11_include() -> list[str]:
+    """pybind11's headers; without the package those that PyTorch, whose own directory is searched anyway, carries."""
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    return [pybind11.get_include()]
 
 
 def has_cuda(cpp_extension: Any) -> bool:

@@ -18,7 +18,7 @@ from lance_kernels.kernels._common import WORKSPACE_BYTES, WORKSPACE_SHARE
 from lance_kernels.ops.convolution import Geometry, output_size
 from lance_kernels.ops.convolution_weight_grad import _weight_grad
 from tests.kernels.strict import Launch, strict
-from tests.ops.cases import assert_near, dense, lay_out, orthonormal
+from tests.ops.tensors import assert_near, dense, lay_out, orthonormal
 
 Ranks = Sequence["int | None"]
 COUNTED = ("x", "first", "second", "grad", "factor", "rows", "columns", "core", "parts", "bias_parts")

@@ -1,0 +1,104 @@
+"""Timing on a device: events, graphs for what is short, inputs in turn so that none is found in the cache."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+
+Inputs = TypeVar("Inputs")
+
+CACHE_BYTES = 128 * 2**20  # more than twice the L2 cache of an H100
+SHORT = 1e-3  # seconds under which launching would be timed too, but for a graph
+
+
+def copies_for(input_bytes: int) -> int:
+    """How many copies of an input outgrow the cache."""
+    return max(1, min(16, math.ceil(CACHE_BYTES / max(input_bytes, 1))))
+
+
+def measure(
+    methods: Mapping[str, Callable[[Inputs], object]],
+    copies: Sequence[Inputs],
+    device: str,
+    *,
+    rounds: int,
+    seconds: float,
+    seed: int = 0,
+    graphs: bool = True,
+) -> dict[str, list[float]]:
+    """Times methods side by side.
+
+    Args:
+        methods: functions of one copy of the inputs, by name.
+        copies: copies of the inputs, taken in turn.
+        device: `cuda`, or `cpu` for a trial of the suite.
+        rounds: most rounds.
+        seconds: time after which no further round starts; three are always measured.
+        seed: seed of the order within the rounds.
+        graphs: whether short methods may be captured in a CUDA graph.
+
+    Returns:
+        Seconds a call, one value a round, by name. Values at the same index belong to the same round.
+    """
+    if not copies:
+        raise ValueError("copies is empty; expected at least one copy of the inputs")
+    timers = {name: _timer(method, copies, device, graphs) for name, method in methods.items()}
+    samples: dict[str, list[float]] = {name: [] for name in methods}
+    order, shuffle = list(methods), random.Random(seed).shuffle
+    start = time.perf_counter()
+    for count in range(rounds):
+        if count >= 3 and time.perf_counter() - start > seconds:
+            break
+        shuffle(order)
+        for name in order:
+            samples[name].append(timers[name]())
+    return samples
+
+
+def _timer(
+    method: Callable[[Inputs], object], copies: Sequence[Inputs], device: str, graphs: bool
+) -> Callable[[], float]:
+    def run() -> None:
+        for copy in copies:
+            method(copy)
+
+    if device == "cpu":
+        return lambda: _clock(run) / len(copies)
+    # Compilation, caches and the allocator are warm before anything is timed or captured.
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    once = _events(run) / len(copies)
+    repeats = max(1, math.ceil(5e-4 / max(once * len(copies), 1e-7)))
+    if graphs and once < SHORT:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(repeats):
+                run()
+        graph.replay()
+        return lambda: _events(graph.replay) / (repeats * len(copies))
+    return lambda: _events(run) / len(copies)
+
+
+def _clock(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _events(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3
