@@ -238,7 +238,9 @@ def tile_for(first: int, second: int, stream: int, total: int, itemsize: int) ->
     terms = min(128 // itemsize, power_of_two(total))
 
     def tile(rows: int, warps: int, blocks: int = 1) -> Tile:
-        return Tile(rows, terms, warps, stages_for((rows * blocks + first) * terms * itemsize), blocks)
+        # A fourth load in flight costs registers that two blocks of rows do not leave.
+        stages = min(stages_for((rows * blocks + first) * terms * itemsize), 5 - blocks)
+        return Tile(rows, terms, warps, stages, blocks)
 
     listed = [tile(128, 4), tile(128, 8), tile(128, 8, 2), tile(64, 4), tile(64, 8)]
     if itemsize == 4:
