@@ -115,7 +115,8 @@ def publish(suite: Suite, output: Path, measured: dict[str, list[Row]]) -> list[
     cases: dict[str, list[Row]] = {}
     for row in existing(suite, output):
         cases.setdefault(row.case, []).append(row)
-    cases.update(measured)
+    # A case that measures nothing, for want of its data, keeps what it had.
+    cases.update({name: found for name, found in measured.items() if found})
     # A case that the suite no longer has is dropped; a suite without a list of cases keeps all.
     rows = [row for name in suite.cases or cases for row in cases.get(name, [])]
     Results(suite.name, suite.command, rows).write(folder / "results.json")

@@ -1,6 +1,7 @@
 """Measures suites of cases; every result is a row of JSON from which the tables and plots are made."""
 
 from benchmarks.suites import (
+    continual,
     cpu,
     cpu_models,
     finetune,
@@ -15,6 +16,7 @@ from benchmarks.suites import (
 )
 
 __all__ = [
+    "continual",
     "cpu",
     "cpu_models",
     "finetune",
