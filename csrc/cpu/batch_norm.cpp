@@ -79,6 +79,8 @@ std::tuple<Tensor, Tensor> batch_norm_relu_mask(const Tensor& x, Vector weight, 
                                                 const Tensor& var, double eps, std::optional<double> high,
                                                 Sizes order) {
   check_batch_norm("batch_norm_relu_mask", x, weight, bias, mean, var);
+  check(eps > 0, "lance::batch_norm_relu_mask: eps is ", eps, "; expected a positive number");
+  check(!high || *high >= 0, "lance::batch_norm_relu_mask: high is ", high.value_or(0), "; expected at least 0");
   check_order("batch_norm_relu_mask", x, order);
   const Tensor flat = in_order(x, order);
   const Tensor y = empty_in_order(x, order);

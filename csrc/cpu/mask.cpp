@@ -6,6 +6,11 @@
 namespace lance {
 namespace {
 
+void check_bounds(std::optional<double> low, std::optional<double> high) {
+  check(!low || !high || *low <= *high, "lance::masked_activation: low is ", low.value_or(0), " and high ",
+        high.value_or(0), "; expected low to be at most high");
+}
+
 template <typename T>
 Piecewise<T> piecewise(std::optional<double> low, std::optional<double> high, std::optional<double> slope) {
   if (slope) {
@@ -36,6 +41,7 @@ void activate(const Tensor& flat, void* result, const Tensor& mask, std::optiona
 std::tuple<Tensor, Tensor> masked_activation(const Tensor& x, std::optional<double> low, std::optional<double> high,
                                              std::optional<double> slope, Sizes order) {
   check_floating("masked_activation", "x", x);
+  check_bounds(low, high);
   check_order("masked_activation", x, order);
   const Tensor flat = in_order(x, order);
   const Tensor y = empty_in_order(x, order);
@@ -47,6 +53,7 @@ std::tuple<Tensor, Tensor> masked_activation(const Tensor& x, std::optional<doub
 Tensor masked_activation_in_place(Tensor x, std::optional<double> low, std::optional<double> high,
                                   std::optional<double> slope, Sizes order) {
   check_floating("masked_activation", "x", x);
+  check_bounds(low, high);
   check_order("masked_activation", x, order);
   const Tensor flat = in_order(x, order);
   const Tensor mask = torch::stable::new_empty(x, {mask_bytes(x)}, ScalarType::Byte);

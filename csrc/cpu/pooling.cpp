@@ -1,3 +1,4 @@
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -294,10 +295,20 @@ inline int64_t window_start(const Window& window, const Reach& depth, const Reac
   return (depth.start * window.size[1] + row.start) * window.size[2] + column.start;
 }
 
-// Sums of 16-bit dtypes are rounded at each step where ATen rounds them.
+// Whether a window offset stands for an input position at all: one that is not the pooling's own may stand for any.
+inline bool inside(const std::vector<int64_t>& positions, int64_t start, uint8_t offset, int64_t inputs) {
+  if (offset >= positions.size()) {
+    return false;
+  }
+  const int64_t position = start + positions[offset];
+  return position >= 0 && position < inputs;
+}
+
+// Sums of 16-bit dtypes are rounded at each step where ATen rounds them. Returns whether all offsets were inside.
 template <typename T>
-void grad_planes(const Window& window, const T* grad, const uint8_t* offsets, T* grad_x) {
+bool grad_planes(const Window& window, const T* grad, const uint8_t* offsets, T* grad_x) {
   const std::vector<int64_t> positions = window_positions(window);
+  std::atomic<bool> right{true};
   parallel_for(0, window.batch * window.channels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
       const T* from = grad + plane * window.outputs();
@@ -305,16 +316,23 @@ void grad_planes(const Window& window, const T* grad, const uint8_t* offsets, T*
       T* to = grad_x + plane * window.inputs();
       std::fill_n(to, window.inputs(), T(0));
       each_output(window, [&](int64_t output, const Reach& depth, const Reach& row, const Reach& column) {
-        T& sum = to[window_start(window, depth, row, column) + positions[at[output]]];
+        const int64_t start = window_start(window, depth, row, column);
+        if (!inside(positions, start, at[output], window.inputs())) {
+          right = false;
+          return;
+        }
+        T& sum = to[start + positions[at[output]]];
         sum = static_cast<T>(sum + from[output]);
       });
     }
   });
+  return right;
 }
 
 template <typename T>
-void grad_channels(const Window& window, const T* grad, const uint8_t* offsets, T* grad_x) {
+bool grad_channels(const Window& window, const T* grad, const uint8_t* offsets, T* grad_x) {
   const std::vector<int64_t> positions = window_positions(window);
+  std::atomic<bool> right{true};
   const int64_t channels = window.channels;
   parallel_for(0, window.batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) {
@@ -325,12 +343,17 @@ void grad_channels(const Window& window, const T* grad, const uint8_t* offsets, 
         const uint8_t* at = offsets + (image * window.outputs() + output) * channels;
         const int64_t start = window_start(window, depth, row, column);
         for (int64_t channel = 0; channel < channels; ++channel) {
+          if (!inside(positions, start, at[channel], window.inputs())) {
+            right = false;
+            continue;
+          }
           T& sum = to[(start + positions[at[channel]]) * channels + channel];
           sum = static_cast<T>(sum + from[channel]);
         }
       });
     }
   });
+  return right;
 }
 
 Tensor empty_image(const Tensor& like, const Sizes& shape, const Sizes& order, std::optional<ScalarType> dtype) {
@@ -375,13 +398,22 @@ std::tuple<Tensor, Tensor> max_pool_offsets(const Tensor& x, Sizes kernel, Sizes
 }
 
 Tensor max_pool_grad(const Tensor& grad, const Tensor& offsets, Sizes size, Sizes kernel, Sizes stride, Sizes padding,
-                     Sizes dilation, bool) {
-  check(sizes_of(grad) == sizes_of(offsets), "lance::max_pool_grad: grad has shape ", shape_string(grad), ", offsets ",
-        shape_string(offsets), "; expected the same");
+                     Sizes dilation, bool ceil_mode) {
+  check_window(grad, kernel, stride, padding, dilation);
+  check(sizes_of(grad) == sizes_of(offsets) && offsets.scalar_type() == ScalarType::Byte,
+        "lance::max_pool_grad: grad has shape ", shape_string(grad), ", offsets ", shape_string(offsets), " and dtype ",
+        dtype_name(offsets.scalar_type()), "; expected the same shape, and torch.uint8");
   const Sizes order = channels_last_order(offsets);
   const size_t spatial = kernel.size();
   Sizes shape = sizes_of(grad);
   const Sizes out(shape.end() - spatial, shape.end());
+  bool pools = size.size() == spatial;
+  for (size_t index = 0; pools && index < spatial; ++index) {
+    pools = size[index] > 0 && out[index] == pooled_size(size[index], kernel[index], stride[index], padding[index],
+                                                         dilation[index], ceil_mode);
+  }
+  check(pools, "lance::max_pool_grad: size is ", list_string(size), ", which does not pool to ", list_string(out),
+        ", as grad is");
   std::copy(size.begin(), size.end(), shape.end() - spatial);
   const Tensor grad_x = empty_image(grad, shape, order, std::nullopt);
   const Tensor dense_offsets = order.empty() ? torch::stable::contiguous(offsets) : offsets;
@@ -390,8 +422,9 @@ Tensor max_pool_grad(const Tensor& grad, const Tensor& offsets, Sizes size, Size
   dispatch_floating(grad.scalar_type(), [&](auto value) {
     using T = decltype(value);
     const auto add = window.channels_last ? grad_channels<T> : grad_planes<T>;
-    add(window, static_cast<const T*>(dense.const_data_ptr()),
-        static_cast<const uint8_t*>(dense_offsets.const_data_ptr()), static_cast<T*>(grad_x.mutable_data_ptr()));
+    check(add(window, static_cast<const T*>(dense.const_data_ptr()),
+              static_cast<const uint8_t*>(dense_offsets.const_data_ptr()), static_cast<T*>(grad_x.mutable_data_ptr())),
+          "lance::max_pool_grad: offsets hold a position outside of the input; expected those of max_pool_offsets");
   });
   return grad_x;
 }

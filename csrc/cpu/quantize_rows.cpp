@@ -129,12 +129,17 @@ void quantize_neighbours(const Rows& layout, const Reader<T>& x, const std::vect
   });
 }
 
+// Whether memory of `numel` elements is `outer` times `rows` stretches of one length; no product overflows.
+bool divides(int64_t outer, int64_t rows, int64_t numel) {
+  return outer > 0 && rows > 0 && outer <= numel && rows <= numel && numel % (outer * rows) == 0;
+}
+
 std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, std::optional<Tensor> center, int64_t outer, int64_t rows,
                                          Sizes order) {
   check_floating("quantize_rows", "x", x);
   check_order("quantize_rows", x, order);
-  check(x.numel() == 0 || (outer > 0 && rows > 0 && x.numel() % (outer * rows) == 0), "lance::quantize_rows: outer ",
-        outer, " and rows ", rows, " do not divide x, of shape ", shape_string(x));
+  check(x.numel() == 0 || divides(outer, rows, x.numel()), "lance::quantize_rows: outer ", outer, " and rows ", rows,
+        " do not divide x, of shape ", shape_string(x));
   if (center && (center->dim() != 1 || center->size(0) != rows)) {
     check(false, "lance::quantize_rows: center has shape ", shape_string(*center), "; expected (", rows, ",)");
   }
@@ -164,7 +169,8 @@ Tensor dequantize_rows(const Tensor& codes, const Tensor& steps, int64_t outer, 
           shape_string(codes), "; expected torch.int8 and ", shape_string(Sizes{like.numel()}), ", one an element of ",
           shape_string(like));
   }
-  check(steps.dim() == 1 && (like.numel() == 0 || like.numel() % (outer * steps.size(0)) == 0),
+  check_floating("dequantize_rows", "steps", steps);
+  check(steps.dim() == 1 && (like.numel() == 0 || divides(outer, steps.size(0), like.numel())),
         "lance::dequantize_rows: steps has shape ", shape_string(steps), "; expected one a row, ", outer,
         " times as many dividing the elements of ", shape_string(like));
   const Tensor result = empty_in_order(like, order);

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from lance_kernels.ops._checks import check
+
 LIBRARY = torch.library.Library("lance", "DEF")
 
 Kernel = Callable[..., Any]
@@ -45,8 +47,8 @@ def define(
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lance::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(name, _on_one_device(name, reference), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lance::{name}", _on_one_device(name, fake), lib=LIBRARY)
     if autograd is not None:
         LIBRARY.impl(name, autograd, "Autograd")
     if autocast is not None:
@@ -74,7 +76,31 @@ def register_triton(name: str, file: str | None = None) -> None:
         with torch.cuda.device(next(arg.device for arg in args if isinstance(arg, torch.Tensor))):
             return launcher(*args)
 
-    LIBRARY.impl(name, kernel, "CUDA")
+    LIBRARY.impl(name, _on_one_device(name, kernel), "CUDA")
+
+
+def _on_one_device(name: str, kernel: Kernel) -> Kernel:
+    """The kernel, refusing tensors of several devices: the dispatcher chose it by one of them."""
+    operator = f"lance::{name}"
+    names = [argument.name for argument in torch._C._jit_get_schemas_for_operator(operator)[0].arguments]
+
+    @functools.wraps(kernel)
+    def on_one_device(*args: Any, **kwargs: Any) -> Any:
+        first: tuple[str, torch.device] | None = None
+        for argument, value in (*zip(names, args), *kwargs.items()):
+            many = isinstance(value, (list, tuple))
+            for index, tensor in enumerate(value if many else (value,)):
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                place = f"{argument}[{index}]" if many else argument
+                first = first or (place, tensor.device)
+                check(
+                    tensor.device == first[1],
+                    f"{operator}: {place} is on {tensor.device}; expected {first[1]}, where {first[0]} is",
+                )
+        return kernel(*args, **kwargs)
+
+    return on_one_device
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:

@@ -56,7 +56,9 @@ def attention(
     return y
 
 
-def _check_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+def _check_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None
+) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_floating("attention", name, tensor)
         check(
@@ -64,6 +66,24 @@ def _check_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
             f"lance::attention: {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; expected as many "
             f"dimensions as query, whose shape is {tuple(query.shape)} and dtype {query.dtype}",
         )
+    check(
+        key.shape[-1] == query.shape[-1] and value.shape[-2] == key.shape[-2],
+        f"lance::attention: query has shape {tuple(query.shape)}, key {tuple(key.shape)} and value "
+        f"{tuple(value.shape)}; expected (..., L, E), (..., S, E) and (..., S, Ev)",
+    )
+    if attn_mask is None:
+        return
+    scores = (query.shape[-2], key.shape[-2])
+    check(
+        attn_mask.dtype in (torch.bool, query.dtype),
+        f"lance::attention: attn_mask has dtype {attn_mask.dtype}; expected torch.bool or {query.dtype}, that of query",
+    )
+    check(
+        2 <= attn_mask.dim() <= query.dim()
+        and all(size in (1, full) for size, full in zip(attn_mask.shape[-2:], scores)),
+        f"lance::attention: attn_mask has shape {tuple(attn_mask.shape)}; expected (L, S), {scores}, or one that "
+        "broadcasts to the scores",
+    )
 
 
 def _plain(
@@ -81,9 +101,15 @@ def _plain(
     )
 
 
-def _reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any) -> torch.Tensor:
-    _check_attention(query, key, value)
-    return _plain(query, key, value, *args)
+def _reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *options: Any,
+) -> torch.Tensor:
+    _check_attention(query, key, value, attn_mask)
+    return _plain(query, key, value, attn_mask, *options)
 
 
 def _quantize(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -228,7 +254,7 @@ def _autograd(
     options = (dropout_p, is_causal, scale, enable_gqa)
     inputs = (query, key, value, attn_mask)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        _check_attention(query, key, value)
+        _check_attention(query, key, value, attn_mask)
         y: torch.Tensor = apply(_Attention, query, key, value, attn_mask, *options)
         return y
     with below_autograd():

@@ -95,6 +95,21 @@ def check_batch_norm(operator: str, x: torch.Tensor, *vectors: torch.Tensor | No
         )
 
 
+def _check_numbers(operator: str, eps: float, high: float | None = None) -> None:
+    check(eps > 0, f"lance::{operator}: eps is {eps}; expected a positive number")
+    check(high is None or high >= 0, f"lance::{operator}: high is {high}; expected at least 0, or None")
+
+
+def _check_dtypes(operator: str, x: torch.Tensor, *vectors: torch.Tensor | None) -> None:
+    """Refuses what ATen refuses: vectors share one dtype, that of `x` or (for narrow ones) float32."""
+    dtypes = {vector.dtype for vector in vectors if vector is not None}
+    check(
+        len(dtypes) == 1 and dtypes <= {x.dtype, accumulation_dtype(x.dtype)},
+        f"lance::{operator}: weight, bias, mean and var have {sorted(map(str, dtypes))}; expected one dtype, {x.dtype} "
+        f"or {accumulation_dtype(x.dtype)}, for x of {x.dtype}",
+    )
+
+
 def _check_frozen(operator: str, *vectors: torch.Tensor | None) -> None:
     for name, vector in zip(("weight", "bias", "mean", "var"), vectors):
         check(
@@ -171,6 +186,8 @@ def _frozen_reference(
     eps: float = 1e-5,
 ) -> torch.Tensor:
     check_batch_norm("batch_norm_frozen", x, weight, bias, mean, var)
+    _check_dtypes("batch_norm_frozen", x, weight, bias, mean, var)
+    _check_numbers("batch_norm_frozen", eps)
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
 
@@ -186,6 +203,8 @@ def _frozen_autograd(
         _check_frozen("batch_norm_frozen", weight, bias, mean, var)
         if x.requires_grad:
             check_batch_norm("batch_norm_frozen", x, weight, bias, mean, var)
+            _check_dtypes("batch_norm_frozen", x, weight, bias, mean, var)
+            _check_numbers("batch_norm_frozen", eps)
             y: torch.Tensor = apply(_Frozen, x, weight, bias, mean, var, eps)
             return y
     with below_autograd():
@@ -202,6 +221,8 @@ def _relu_reference(
     high: float | None = None,
 ) -> torch.Tensor:
     check_batch_norm("batch_norm_relu_frozen", x, weight, bias, mean, var)
+    _check_dtypes("batch_norm_relu_frozen", x, weight, bias, mean, var)
+    _check_numbers("batch_norm_relu_frozen", eps, high)
     normalised = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
     return plain(normalised, None if high is None else 0.0, high, None)
 
@@ -219,6 +240,8 @@ def _relu_autograd(
         _check_frozen("batch_norm_relu_frozen", weight, bias, mean, var)
         if x.requires_grad:
             check_batch_norm("batch_norm_relu_frozen", x, weight, bias, mean, var)
+            _check_dtypes("batch_norm_relu_frozen", x, weight, bias, mean, var)
+            _check_numbers("batch_norm_relu_frozen", eps, high)
             y: torch.Tensor = apply(_FrozenReLU, x, weight, bias, mean, var, eps, high)
             return y
     with below_autograd():
@@ -236,6 +259,7 @@ def mask_reference(
     order: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_batch_norm("batch_norm_relu_mask", x, weight, bias, mean, var)
+    _check_numbers("batch_norm_relu_mask", eps, high)
     check_order("batch_norm_relu_mask", x, order)
     normalised = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
     low = None if high is None else 0.0
@@ -254,6 +278,7 @@ def _mask_fake(
     order: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_batch_norm("batch_norm_relu_mask", x, weight, bias, mean, var)
+    _check_numbers("batch_norm_relu_mask", eps, high)
     check_order("batch_norm_relu_mask", x, order)
     return empty_in_order(x, order), x.new_empty([(x.numel() + 7) // 8], dtype=torch.uint8)
 

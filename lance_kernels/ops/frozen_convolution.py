@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import conv_flop_count
 
-from lance_kernels.ops._checks import check, check_floating
+from lance_kernels.ops._checks import check, check_floating, check_same
 from lance_kernels.ops._layout import memory_format_of
 from lance_kernels.ops._registry import (
     apply,
@@ -59,8 +59,45 @@ def frozen_convolution(
     return y
 
 
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> None:
+    operator, dimensions = "frozen_convolution", x.dim() - 2
+    check_floating(operator, "x", x)
+    check_same(operator, x, (("weight", weight), ("bias", bias)))
+    named = (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+    for name, numbers, least in (*named, ("output_padding", output_padding, 0)):
+        check(
+            len(numbers) in (1, dimensions) and min(numbers) >= least,
+            f"lance::{operator}: {name} is {list(numbers)}; expected {dimensions} numbers of at least {least}, or one",
+        )
+    channels = weight.shape[0] if transposed else weight.shape[1] * groups if weight.dim() > 1 else -1
+    check(
+        1 <= dimensions <= 3
+        and weight.dim() == x.dim()
+        and groups >= 1
+        and weight.shape[0] % groups == 0
+        and x.shape[1] == channels,
+        f"lance::{operator}: weight has shape {tuple(weight.shape)}, x {tuple(x.shape)}, groups is {groups}; expected "
+        "(O, C / groups, *kernel), transposed (C, O / groups, *kernel), and (B, C, *spatial)",
+    )
+    outputs = weight.shape[1] * groups if transposed else weight.shape[0]
+    check(
+        bias is None or (bias.dim() == 1 and bias.shape[0] == outputs),
+        f"lance::{operator}: bias has shape {None if bias is None else tuple(bias.shape)}; expected ({outputs},)",
+    )
+
+
 def _reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *args: Any) -> torch.Tensor:
-    check_floating("frozen_convolution", "x", x)
+    _check(x, weight, bias, *args)
     y: torch.Tensor = torch.ops.aten.convolution(x, weight, bias, *args)
     return y
 

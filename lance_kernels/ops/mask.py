@@ -93,6 +93,15 @@ def leaky_relu_(x: torch.Tensor, slope: float = 0.01) -> torch.Tensor:
     return _in_place(x, None, None, slope)
 
 
+def check_bounds(operator: str, x: torch.Tensor, low: float | None, high: float | None) -> None:
+    """Refuses a dtype that is not floating, and bounds that leave nothing between them."""
+    check_floating(operator, "x", x)
+    check(
+        low is None or high is None or low <= high,
+        f"lance::{operator}: low is {low} and high {high}; expected low to be at most high",
+    )
+
+
 def plain(x: torch.Tensor, low: float | None, high: float | None, slope: float | None) -> torch.Tensor:
     """ATen's forward of the activation: a leaky ReLU where `slope` is given, ReLU where nothing is, else a clamp."""
     if slope is not None:
@@ -158,7 +167,7 @@ def masked_reference(
     x: torch.Tensor, low: float | None, high: float | None, slope: float | None, order: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Reference of `lance::masked_activation`: the activation and its bits."""
-    check_floating("masked_activation", "x", x)
+    check_bounds("masked_activation", x, low, high)
     check_order("masked_activation", x, order)
     flat = in_order(x, order)
     return from_order(plain(flat, low, high, slope), order), pack_bits(condition(flat, low, high, slope))
@@ -167,7 +176,7 @@ def masked_reference(
 def _masked_fake(
     x: torch.Tensor, low: float | None, high: float | None, slope: float | None, order: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_floating("masked_activation", "x", x)
+    check_bounds("masked_activation", x, low, high)
     check_order("masked_activation", x, order)
     return empty_in_order(x, order), x.new_empty([(x.numel() + 7) // 8], dtype=torch.uint8)
 
@@ -256,7 +265,17 @@ def masked_grad(grad: torch.Tensor, mask: torch.Tensor, slope: float | None, ord
     return torch.where(bits, grad, torch.zeros_like(grad) if slope is None else grad * slope)
 
 
-def _differentiable(x: torch.Tensor, low: float | None, high: float | None, slope: float | None) -> torch.Tensor:
+def _checked(
+    operator: str, x: torch.Tensor, low: float | None, high: float | None, slope: float | None
+) -> torch.Tensor:
+    check_bounds(operator, x, low, high)
+    return plain(x, low, high, slope)
+
+
+def _differentiable(
+    operator: str, x: torch.Tensor, low: float | None, high: float | None, slope: float | None
+) -> torch.Tensor:
+    check_bounds(operator, x, low, high)
     if torch.is_grad_enabled() and x.requires_grad:
         y: torch.Tensor = apply(_Masked, x, low, high, slope)
         return y
@@ -276,10 +295,6 @@ def _in_place(x: torch.Tensor, low: float | None, high: float | None, slope: flo
     if slope is not None:
         return F.leaky_relu_(x, slope)
     return torch.relu_(x) if low is None or high is None else F.hardtanh_(x, low, high)
-
-
-def _fake_like(x: torch.Tensor, *args: Any) -> torch.Tensor:
-    return torch.empty_like(x)
 
 
 define(
@@ -312,21 +327,21 @@ define(
 )
 define(
     "relu(Tensor x) -> Tensor",
-    reference=lambda x: plain(x, None, None, None),
-    fake=_fake_like,
-    autograd=lambda x: _differentiable(x, None, None, None),
+    reference=lambda x: _checked("relu", x, None, None, None),
+    fake=lambda x: _checked("relu", x, None, None, None),
+    autograd=lambda x: _differentiable("relu", x, None, None, None),
 )
 define(
     "hardtanh(Tensor x, float low=-1.0, float high=1.0) -> Tensor",
-    reference=lambda x, low=-1.0, high=1.0: plain(x, low, high, None),
-    fake=_fake_like,
-    autograd=lambda x, low=-1.0, high=1.0: _differentiable(x, low, high, None),
+    reference=lambda x, low=-1.0, high=1.0: _checked("hardtanh", x, low, high, None),
+    fake=lambda x, low=-1.0, high=1.0: _checked("hardtanh", x, low, high, None),
+    autograd=lambda x, low=-1.0, high=1.0: _differentiable("hardtanh", x, low, high, None),
 )
 define(
     "leaky_relu(Tensor x, float slope=0.01) -> Tensor",
-    reference=lambda x, slope=0.01: plain(x, None, None, slope),
-    fake=_fake_like,
-    autograd=lambda x, slope=0.01: _differentiable(x, None, None, slope),
+    reference=lambda x, slope=0.01: _checked("leaky_relu", x, None, None, slope),
+    fake=lambda x, slope=0.01: _checked("leaky_relu", x, None, None, slope),
+    autograd=lambda x, slope=0.01: _differentiable("leaky_relu", x, None, None, slope),
 )
 register_triton("masked_activation", file="mask")
 register_triton("masked_activation_", file="mask")

@@ -114,13 +114,30 @@ def batch_norm(
     return y
 
 
-def _normalised(x: torch.Tensor, normalized_shape: Sequence[int], operator: str) -> int:
+def _check_affine(operator: str, x: torch.Tensor, size: Sequence[int], *vectors: torch.Tensor | None) -> None:
+    """Refuses a weight or bias that is not of this size, or not of the dtype of `x` or (for narrow ones) float32."""
+    given = [(name, vector) for name, vector in zip(("weight", "bias"), vectors) if vector is not None]
+    for name, vector in given:
+        check(
+            vector.dtype == given[0][1].dtype and vector.dtype in (x.dtype, accumulation_dtype(x.dtype)),
+            f"lance::{operator}: {name} has dtype {vector.dtype}; expected {x.dtype}, that of x, or "
+            f"{accumulation_dtype(x.dtype)}, the same for weight and bias",
+        )
+        check(
+            list(vector.shape) == list(size),
+            f"lance::{operator}: {name} has shape {tuple(vector.shape)}; expected {tuple(size)} for x of shape "
+            f"{tuple(x.shape)}",
+        )
+
+
+def _normalised(x: torch.Tensor, normalized_shape: Sequence[int], operator: str, *vectors: torch.Tensor | None) -> int:
     check_floating(operator, "x", x)
     count = len(normalized_shape)
     check(
         count > 0 and list(x.shape[x.dim() - count :]) == list(normalized_shape),
         f"lance::{operator}: x has shape {tuple(x.shape)}; expected (..., {', '.join(map(str, normalized_shape))})",
     )
+    _check_affine(operator, x, normalized_shape, *vectors)
     return count
 
 
@@ -298,7 +315,7 @@ def _layer_norm_reference(
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    _normalised(x, normalized_shape, "layer_norm")
+    _normalised(x, normalized_shape, "layer_norm", weight, bias)
     return F.layer_norm(x, list(normalized_shape), weight, bias, eps)
 
 
@@ -314,7 +331,7 @@ def _layer_norm_autograd(
     eps: float = 1e-5,
 ) -> torch.Tensor:
     if _needs_grad(x, weight, bias):
-        _normalised(x, normalized_shape, "layer_norm")
+        _normalised(x, normalized_shape, "layer_norm", weight, bias)
         y: torch.Tensor = apply(_LayerNorm, x, normalized_shape, weight, bias, eps)
         return y
     with below_autograd():
@@ -324,7 +341,7 @@ def _layer_norm_autograd(
 def _rms_norm_reference(
     x: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
 ) -> torch.Tensor:
-    _normalised(x, normalized_shape, "rms_norm")
+    _normalised(x, normalized_shape, "rms_norm", weight)
     return F.rms_norm(x, list(normalized_shape), weight, eps)
 
 
@@ -332,20 +349,21 @@ def _rms_norm_autograd(
     x: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
 ) -> torch.Tensor:
     if _needs_grad(x, weight):
-        _normalised(x, normalized_shape, "rms_norm")
+        _normalised(x, normalized_shape, "rms_norm", weight)
         y: torch.Tensor = apply(_RMSNorm, x, normalized_shape, weight, eps)
         return y
     with below_autograd():
         return rms_norm(x, normalized_shape, weight, eps)
 
 
-def _check_groups(x: torch.Tensor, groups: int) -> None:
+def _check_groups(x: torch.Tensor, groups: int, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
     check_floating("group_norm", "x", x)
     check(
         x.dim() >= 2 and groups > 0 and x.shape[1] % groups == 0,
         f"lance::group_norm: x has shape {tuple(x.shape)} and groups is {groups}; expected (B, C, ...) with "
         "C a multiple of groups",
     )
+    _check_affine("group_norm", x, x.shape[1:2], weight, bias)
 
 
 def _group_norm_reference(
@@ -355,8 +373,9 @@ def _group_norm_reference(
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    _check_groups(x, groups)
-    return F.group_norm(x, groups, weight, bias, eps)
+    _check_groups(x, groups, weight, bias)
+    # Not `torch.nn.functional`'s, which refuses groups of one value.
+    return torch.group_norm(x, groups, weight, bias, eps)
 
 
 def _group_norm_autograd(
@@ -367,7 +386,7 @@ def _group_norm_autograd(
     eps: float = 1e-5,
 ) -> torch.Tensor:
     if _needs_grad(x, weight, bias):
-        _check_groups(x, groups)
+        _check_groups(x, groups, weight, bias)
         y: torch.Tensor = apply(_GroupNorm, x.contiguous(), groups, weight, bias, eps)
         return y
     with below_autograd():

@@ -131,6 +131,7 @@ def pooled_size(
 def check_max_pool(
     x: torch.Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> int:
+    """Refuses an image or window that max pooling does not take; returns the number of spatial dimensions."""
     spatial = _spatial("max_pool", x, kernel)
     check(
         len(stride) == len(padding) == len(dilation) == spatial and min(*stride, *dilation, *kernel) > 0,
@@ -147,6 +148,33 @@ def check_max_pool(
     check(
         all(0 <= 2 * pad <= size for pad, size in zip(padding, kernel)),
         f"lance::max_pool: padding is {list(padding)}; expected at most half the window {list(kernel)}",
+    )
+    return spatial
+
+
+def check_max_pool_grad(
+    grad: torch.Tensor,
+    offsets: torch.Tensor,
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> int:
+    """Refuses what is not the gradient and offsets of a max pooling; returns the number of spatial dimensions."""
+    spatial = check_max_pool(grad, kernel, stride, padding, dilation)
+    check(
+        grad.shape == offsets.shape and offsets.dtype == torch.uint8,
+        f"lance::max_pool_grad: grad has shape {tuple(grad.shape)}, offsets {tuple(offsets.shape)} and dtype "
+        f"{offsets.dtype}; expected the same shape, and torch.uint8",
+    )
+    pooled = list(grad.shape[-spatial:])
+    check(
+        len(size) == spatial
+        and min(size) > 0
+        and pooled_size(size, kernel, stride, padding, dilation, ceil_mode) == pooled,
+        f"lance::max_pool_grad: size is {list(size)}, which does not pool to {pooled}, as grad is",
     )
     return spatial
 
@@ -199,6 +227,7 @@ def _max_pool_offsets_fake(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     spatial = check_max_pool(x, kernel, stride, padding, dilation)
     size = pooled_size(x.shape[-spatial:], kernel, stride, padding, dilation, ceil_mode)
+    check(min(size) > 0, f"lance::max_pool: x has shape {tuple(x.shape)}, too small for the window {list(kernel)}")
     shape = [*x.shape[:-spatial], *size]
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     return y, torch.empty_like(y, dtype=torch.uint8)
@@ -214,11 +243,7 @@ def max_pool_grad_reference(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> torch.Tensor:
-    check(
-        grad.shape == offsets.shape,
-        f"lance::max_pool_grad: grad has shape {tuple(grad.shape)}, offsets {tuple(offsets.shape)}; expected the same",
-    )
-    spatial = len(size)
+    spatial = check_max_pool_grad(grad, offsets, size, kernel, stride, padding, dilation, ceil_mode)
     remaining = offsets.long()
     indices = torch.zeros_like(remaining)
     inner = 1
@@ -228,6 +253,11 @@ def max_pool_grad_reference(
         indices += (start + remaining % kernel[dim] * dilation[dim]) * inner
         remaining = remaining // kernel[dim]
         inner *= size[dim]
+    if grad.device.type == "cpu":
+        check(
+            not remaining.any() and bool(((indices >= 0) & (indices < inner)).all()),
+            "lance::max_pool_grad: offsets hold a position outside of the input; expected those of max_pool_offsets",
+        )
     memory_format = memory_format_of(offsets)
     x = torch.empty([*grad.shape[:-spatial], *size], dtype=grad.dtype, device=grad.device, memory_format=memory_format)
     operator = (
@@ -239,9 +269,8 @@ def max_pool_grad_reference(
     return grad_x
 
 
-def _max_pool_grad_fake(
-    grad: torch.Tensor, offsets: torch.Tensor, size: Sequence[int], kernel: Sequence[int], *args: Any
-) -> torch.Tensor:
+def _max_pool_grad_fake(grad: torch.Tensor, offsets: torch.Tensor, size: Sequence[int], *args: Any) -> torch.Tensor:
+    check_max_pool_grad(grad, offsets, size, *args)
     shape = [*grad.shape[: -len(size)], *size]
     return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format_of(offsets))
 

@@ -104,8 +104,10 @@ def check_dequantize(
         f"lance::dequantize_rows: codes has dtype {codes.dtype} and shape {tuple(codes.shape)}; expected torch.int8 "
         f"and {(like.numel(),)}, one an element of {tuple(like.shape)}",
     )
+    check_floating("dequantize_rows", "steps", steps)
+    rows = outer * steps.shape[0] if steps.dim() == 1 else 0
     check(
-        steps.dim() == 1 and (like.numel() == 0 or like.numel() % (outer * steps.shape[0]) == 0),
+        steps.dim() == 1 and (like.numel() == 0 or (rows > 0 and like.numel() % rows == 0)),
         f"lance::dequantize_rows: steps has shape {tuple(steps.shape)}; expected one a row, {outer} times as many "
         f"dividing the elements of {tuple(like.shape)}",
     )
