@@ -68,6 +68,11 @@ def capability() -> int:
     return 90 if triton.knobs.runtime.interpret else int(driver.active.get_current_target().arch)
 
 
+def has_wide_units() -> bool:
+    """Whether matrix units read their operands from shared memory: data centre GPUs from Hopper on."""
+    return capability() in (90, 100, 103)
+
+
 def fitting(tiles: Sequence[Tile], *, registers: Callable[[Tile], float], rereads: Callable[[Tile], float]) -> Tile:
     """The first tile whose accumulators fit the registers and that reads factors seldom enough.
 
@@ -76,7 +81,7 @@ def fitting(tiles: Sequence[Tile], *, registers: Callable[[Tile], float], reread
         registers: registers of a thread that a tile's accumulators and operands take.
         rereads: elements of factors a tile reads for each streamed element.
     """
-    room = MAX_REGISTERS if capability() >= 90 else MAX_REGISTERS_BEFORE_HOPPER
+    room = MAX_REGISTERS if has_wide_units() else MAX_REGISTERS_BEFORE_HOPPER
     fit = [tile for tile in tiles if registers(tile) <= room]
     if not fit:
         return min(tiles, key=registers)
@@ -85,7 +90,7 @@ def fitting(tiles: Sequence[Tile], *, registers: Callable[[Tile], float], reread
 
 def stages_for(stage_bytes: int, other_bytes: int = 0) -> int:
     """Loads in flight for which the shared memory suffices."""
-    room = (192 if capability() >= 90 else 128) * 1024 - other_bytes
+    room = (192 if has_wide_units() else 128 if capability() == 80 else 72) * 1024 - other_bytes
     return max(2, min(4, room // stage_bytes))
 
 

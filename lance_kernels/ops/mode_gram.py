@@ -48,7 +48,9 @@ def mode_grams_(grams: Sequence[torch.Tensor], x: torch.Tensor, modes: Sequence[
 
 
 def gram_eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues and eigenvectors of a Gram matrix, computed in float64.
+    """Eigenvalues and eigenvectors of a Gram matrix, computed in float64 where the matrix is.
+
+    It waits for the device to refuse NaN and infinity, so a CUDA graph cannot capture it.
 
     Args:
         gram: `(size, size)` symmetric positive semidefinite, float32 or float64; zero is fine.
