@@ -13,6 +13,9 @@ INSTALLED := $(VENV)/.installed-$(shell cat constraints.txt pyproject.toml setup
 SOURCES := $(wildcard csrc/*/*) setup.py
 COMPILED := build/.compiled
 CXX_FILES = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/csrc/*.cpp)
+# The release for constraints.txt's PyTorch. Its wheel is for CUDA: where others find it beside a PyTorch for the CPU, the
+# imports of transformers break, so it lies apart for a test that imports it on its own.
+TORCHVISION := torchvision==0.28.0
 # Test processes; each of them runs PyTorch on one or two threads.
 JOBS ?= 2
 
@@ -35,8 +38,13 @@ $(COMPILED): $(INSTALLED) $(SOURCES)
 	LANCE_REQUIRE_EXT=1 PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q build_ext --inplace
 	mkdir -p build && touch $@
 
+build/torchvision: | $(INSTALLED)
+	rm -rf $@.part
+	$(PY) -m pip install -q --no-deps --target $@.part $(TORCHVISION)
+	mv $@.part $@
+
 # Threads that wait in a spin starve the other test process.
-test: build
+test: build build/torchvision
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
 
 lint: $(INSTALLED)

@@ -1,8 +1,8 @@
 """Other people's models, small and with random weights, and what becomes of them.
 
-`python -m tests.other_models [FOLDER]` writes docs/models.md. Torchvision's rows need the folder of a
-`pip install --no-deps --target FOLDER torchvision`: installed where others find it, its CUDA wheel would break the
-imports of `transformers` beside a PyTorch for the CPU.
+`python -m tests.other_models` writes docs/models.md, `python -m tests.other_models --torchvision` prints the rows of
+torchvision's models as JSON. Both need `make build/torchvision`: installed where others find it, its CUDA wheel would
+break the imports of `transformers` beside a PyTorch for the CPU.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import copy
 import io
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -22,7 +23,9 @@ from torch import nn
 import lance_kernels as lance
 from tests.models import images, mobilenet, resnet, vit, with_statistics
 
-PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "models.md"
+TORCHVISION = ROOT / "build" / "torchvision"
 TOKENS = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 BODY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 IMAGE = {"image_size": 32, "num_labels": 5}
@@ -91,13 +94,15 @@ class Classifier(nn.Module):
         return hf.modeling_outputs.ImageClassifierOutput(loss=loss, logits=logits)
 
 
-def torchvision_models(folder):
+def torchvision_models():
     """The makers of torchvision's models; its wheel imports beside a CPU build once its operators are defined."""
+    if not TORCHVISION.is_dir():
+        raise FileNotFoundError(f"{TORCHVISION} is not there; run `make build/torchvision`")
     library = torch.library.Library("torchvision", "DEF")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     torchvision_models.library = library
-    sys.path.append(folder)
+    sys.path.append(str(TORCHVISION))
     from torchvision import models
 
     settings = {"num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
@@ -198,12 +203,12 @@ def page(rows):
     lines = [
         "# Other people's models",
         "",
-        "Written by `python -m tests.other_models`; `tests/test_other_models.py` takes all but torchvision's (whose",
-        "CUDA wheel imports beside a CPU build by a trick only) through the same: `compress_` (forward bit for bit as",
-        "before), `calibrate`, ten steps each of SGD and AdamW, a state saved and loaded (the same gradients bit for",
-        "bit), `revert_`. The models are small ones of their classes with random weights, which is the hardest case:",
-        "random features have little low-rank structure. `LanceConfig()` throughout. Weights behind a zero one (LoRA's",
-        "first factors, the body of torchvision's ViT) have no gradient at first and count as cosine 0.",
+        "Written by `python -m tests.other_models`; `tests/test_other_models.py` takes all of them through the same:",
+        "`compress_` (forward bit for bit as before), `calibrate`, ten steps each of SGD and AdamW, a state saved and",
+        "loaded (the same gradients bit for bit), `revert_`. The models are small ones of their classes with random",
+        "weights, which is the hardest case: random features have little low-rank structure. `LanceConfig()`",
+        "throughout. Weights behind a zero one (LoRA's first factors, the body of torchvision's ViT) have no gradient at",
+        "first and count as cosine 0.",
         "",
         "- **Compressed**: layers that keep a core; **sharing**: those of them that use another's core and factors.",
         "- **Held**: bytes that autograd holds between forward and backward, plain / compressed, companions included.",
@@ -221,6 +226,9 @@ def page(rows):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1:]:
-        MODELS.update(torchvision_models(sys.argv[1]))
-    PAGE.write_text(page([check(name) for name in MODELS]))
+    visions = torchvision_models()
+    MODELS.update(visions)
+    if sys.argv[1:] == ["--torchvision"]:
+        print(json.dumps([check(name) for name in visions]))
+    else:
+        PAGE.write_text(page([check(name) for name in MODELS]))
