@@ -85,6 +85,15 @@ class Compiled:
         return widths
 
 
+def assert_without_spills(compiled: list[Compiled], least_bytes: int) -> None:
+    """No kernel uses local memory, and each loads so many bytes at once somewhere."""
+    for kernel in compiled:
+        assert ".local" not in kernel.binary.asm["ptx"], kernel.name
+    for kernel in {kernel.name: kernel for kernel in compiled}.values():
+        assert kernel.usage["STACK"] == 0, kernel.name
+        assert max(kernel.load_bytes) >= least_bytes, kernel.name
+
+
 @contextmanager
 def compiling_for(capability: int) -> Iterator[list[Compiled]]:
     """Context in which launches compile for a GPU and start nothing.

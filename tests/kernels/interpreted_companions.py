@@ -54,7 +54,7 @@ def main() -> None:
     for shape, dtype, bounds in itertools.product(SHAPES, DTYPES, BOUNDS):
         check_mask(shape, dtype, bounds)
         cases += 1
-    for shape, dtype, kind, bits in itertools.product(SHAPES, DTYPES, KINDS, (8, 4)):
+    for shape, dtype, kind, bits in itertools.product(SHAPES[1::2] + SHAPES[4:5], DTYPES, KINDS, (8, 4)):
         check_codes(shape, dtype, kind, bits)
         cases += 1
     print(f"{cases} cases")

@@ -3,44 +3,26 @@
 from __future__ import annotations
 
 import pytest
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import torch
 
-from lance_kernels.kernels import pack_core as kernels
-from lance_kernels.ops.pack_core import GROUP, MISSING
+from lance_kernels.kernels.pack_core import pack_core, unpack_core
+from tests.kernels.compiled import assert_without_spills, compiling_for
 from tests.kernels.programs import interpreted
 
 
 def test_kernels_have_the_bits_of_the_reference_under_the_interpreter():
-    assert interpreted("interpreted_pack_core") == "288 cases"
+    assert interpreted("interpreted_pack_core") == "144 cases"
 
 
-def compiled(kernel, types, constants, capability):
-    names = kernel.arg_names
-    signature = dict(zip(names, [*types, *["constexpr"] * len(constants)]))
-    source = ASTSource(kernel, signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
-
-
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("bits", [8, 4, 2])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_kernels_compile_ahead_of_time(capability, bits, dtype):
-    groups = {"GROUPS": kernels.GROUPS, "GROUP": GROUP}
-    packing = compiled(
-        kernels.pack_kernel,
-        [f"*{dtype}", "*fp32", "*fp32", "*fp32", "*u8", "*u8", "i64", "i64"],
-        {"BITS": bits, **groups, "MISSING": MISSING},
-        capability,
-    )
-    unpacking = compiled(
-        kernels.unpack_kernel,
-        ["*u8", "*u8", "*fp32", "*fp32", f"*{dtype}", "i64"],
-        {"BITS": bits, "BLOCK": kernels.GROUPS * GROUP, "GROUP": GROUP, "MISSING": MISSING},
-        capability,
-    )
-    magnitudes = compiled(kernels.magnitudes_kernel, [f"*{dtype}", "*fp32", "i64"], groups, capability)
-    for binary in (packing, unpacking, magnitudes):
-        assert len(binary.asm["cubin"]) > 0
-        assert ".local" not in binary.asm["ptx"]
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(90, torch.float32), (90, torch.bfloat16), (90, torch.float16), (80, torch.bfloat16), (100, torch.bfloat16)],
+)
+def test_kernels_compile_through_their_launchers(capability, dtype):
+    core = torch.randn(64, 128).to(dtype)
+    with compiling_for(capability) as compiled:
+        for bits in (8, 4, 2):
+            packed = pack_core(core, bits)
+            unpack_core(packed, [64, 128], bits, dtype)
+    assert [kernel.name for kernel in compiled] == ["magnitudes_kernel", "pack_kernel", "unpack_kernel"] * 3
+    assert_without_spills(compiled, least_bytes=4)  # scales and codes
