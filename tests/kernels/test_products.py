@@ -109,14 +109,14 @@ def test_other_launches_compile(capability):
     with compiling_for(capability) as compiled:
         shape, ranks = (128, 1024, 4096), (None, 64, 128)
         tucker.tucker_project(aligned(shape, BF16, offset=1), factors_for(shape, ranks))
-        for dtype in (torch.float32, torch.float16):
+        for dtype in (torch.float32, torch.float16) if capability == 90 else (torch.float32,):
             small, few = (8, 256, 512), (None, 16, 32)
             tucker.tucker_project(aligned(small, dtype), factors_for(small, few))
-        for token in (128, None):
+        for token in (128, None) if capability == 90 else (128,):
             ranks = (None, token, 64)
             grad = aligned(shape, BF16)
             linear.linear_weight_bias_grad(grad, core_for(shape, ranks), factors_for(shape, ranks))
-    assert len(compiled) == 7
+    assert len(compiled) == (7 if capability == 90 else 4)
     for kernel in compiled:
         assert len(kernel.binary.asm["cubin"]) > 0
         assert kernel.binary.metadata.shared <= SHARED_MEMORY[capability]
