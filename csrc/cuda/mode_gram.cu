@@ -212,10 +212,10 @@ __global__ void __launch_bounds__(kThreads)
       const int k = kRowsContiguous ? entry / kTile : entry % kDepth;
       const int64_t offset = offsets[k];
       const int64_t upper = row * kTile + i;
-      left[i * kRow + k] = offset >= 0 && upper < size ? x[upper * stride + offset] : E(0.0f);
+      left[i * kRow + k] = offset >= 0 && upper < size ? x[upper * stride + offset] : E{};
       if (row != column) {
         const int64_t lower = column * kTile + i;
-        right[i * kRow + k] = offset >= 0 && lower < size ? x[lower * stride + offset] : E(0.0f);
+        right[i * kRow + k] = offset >= 0 && lower < size ? x[lower * stride + offset] : E{};
       }
     }
     __syncthreads();

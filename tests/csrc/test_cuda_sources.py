@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from torch.utils.cpp_extension import include_paths
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
 from tests.kernels.compiled import TOOLS
 
@@ -40,7 +40,7 @@ def test_source_compiles_for_ampere_and_hopper(source, tmp_path):
     version = re.search(r'TORCH_TARGET_VERSION = "(0x\w+)"', text)
     assert version is not None
     compiled = tmp_path / "source.o"
-    command = [nvcc(), "-c", source, "-o", compiled, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "--threads", "2"]
+    command = [nvcc(), "-c", source, "-o", compiled, "-std=c++20", "-O3", "--threads", "2", *COMMON_NVCC_FLAGS]
     command += ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={version.group(1)}", "-Xptxas", "-v"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90)]
     command += [option for path in include_paths() for option in ("-isystem", path)]
