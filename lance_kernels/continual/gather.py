@@ -273,7 +273,9 @@ class PositionGrams:
         torch.ops.lance.mode_grams_(list(wanted.values()), core, [2 + mode for mode in wanted])
 
 
-def protected_directions(gram: torch.Tensor, basis: Basis, energy: float, name: str) -> list[torch.Tensor]:
+def protected_directions(
+    gram: torch.Tensor, basis: Basis, energy: float, layer: CompressedLayer, name: str
+) -> tuple[list[torch.Tensor], int]:
     """What has to be protected beside a basis for it to carry a share of a Gram matrix's energy.
 
     The criterion of Saha et al. (arXiv 2103.09762, equation 9): the energy along directions that are protected already
@@ -283,29 +285,23 @@ def protected_directions(gram: torch.Tensor, basis: Basis, energy: float, name: 
         gram: `(groups, n, n)`.
         basis: the directions protected so far.
         energy: the share, in (0, 1].
-        name: the layer, for messages.
+        layer: the layer whose features these are.
+        name: its name, for messages.
 
     Returns:
-        By group, free coordinates of the new directions, `(n - k, count)`, float64.
+        By group, free coordinates of the new directions, `(n - k, count)`, float64; and the directions, of all groups,
+        that a next task with this Gram matrix would train.
     """
-    found = []
+    found, following = [], 0
     for group, whole in enumerate(gram.double()):
         values, vectors = _decomposed(name, basis.restricted(whole, group))
         total = whole.trace()
         kept = (total - values.sum()).clamp_min(0) + torch.cat([values.new_zeros(1), values.cumsum(0)])
-        count = int((kept < energy * total * (1 - 1e-12)).sum())
-        found.append(vectors[:, : min(count, len(values))])
-    return found
-
-
-def next_rank(gram: torch.Tensor, basis: Basis, layer: CompressedLayer, name: str) -> int:
-    """Directions that a task with this Gram matrix would train, beside a basis; of all groups."""
-    total = 0
-    for group, whole in enumerate(gram.double()):
-        if basis.counts[group] < basis.size:
-            values, _ = _decomposed(name, basis.restricted(whole, group))
-            total += _feature_rank(name, layer, values)
-    return total
+        count = min(int((kept < energy * total * (1 - 1e-12)).sum()), len(values))
+        found.append(vectors[:, :count])
+        # What the new directions leave has the other eigenvalues.
+        following += _feature_rank(name, layer, values[count:]) if count < len(values) else 0
+    return found, following
 
 
 def _has_patches(layer: CompressedLayer, name: str, protected: Mapping[str, Protection]) -> bool:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from lance_kernels.config import LanceConfig
-from lance_kernels.continual.gather import Found, Gatherer, next_rank, protected_directions
+from lance_kernels.continual.gather import Found, Gatherer, protected_directions
 from lance_kernels.continual.layers import PatchConvolution, PatchFactors, keep_patches_
 from lance_kernels.continual.policy import After, Policy
 from lance_kernels.continual.protection import Protection
@@ -259,8 +259,8 @@ class NullSpaceLearner:
         grams = self._gatherer(loader).features(layers)
         for name, gram in grams.items():
             basis = self._protected[name].basis
-            basis.add(protected_directions(gram, basis, self.energy, name))
-            self._next_rank[name] = next_rank(gram, basis, layers[name], name)
+            directions, self._next_rank[name] = protected_directions(gram, basis, self.energy, layers[name], name)
+            basis.add(directions)
         for layer in self._layers.values():
             layer.lance_clear_factors()
         self.tasks += 1
