@@ -15,6 +15,9 @@ void check_batch_norm(const char* operation, const Tensor& x, const Vector& weig
   const std::pair<const char*, const Vector*> vectors[] = {
       {"weight", &weight}, {"bias", &bias}, {"mean", &mean}, {"var", &var}};
   for (const auto& [name, vector] : vectors) {
+    if (*vector) {
+      check_floating(operation, name, **vector);
+    }
     if (*vector && ((*vector)->dim() != 1 || (*vector)->size(0) != x.size(1))) {
       check(false, "lance::", operation, ": ", name, " has shape ", shape_string(**vector), "; expected (", x.size(1),
             ",), the channels of x, whose shape is ", shape_string(x));

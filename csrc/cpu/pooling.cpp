@@ -70,8 +70,9 @@ void check_window(const Tensor& x, const Sizes& kernel, const Sizes& stride, con
 }
 
 // The order of the dimensions of a channels_last image batch, or an empty one.
-Sizes channels_last_order(const Tensor& x) {
-  if (x.dim() < 4 || x.is_contiguous()) {
+Sizes channels_last_order(const Tensor& x, size_t spatial) {
+  // A volume without a batch has as many dimensions as a batch of images.
+  if (x.dim() != static_cast<int64_t>(spatial) + 2 || x.is_contiguous()) {
     return {};
   }
   Sizes order{0};
@@ -370,7 +371,7 @@ Tensor empty_image(const Tensor& like, const Sizes& shape, const Sizes& order, s
 std::tuple<Tensor, Tensor> max_pool_offsets(const Tensor& x, Sizes kernel, Sizes stride, Sizes padding, Sizes dilation,
                                             bool ceil_mode) {
   check_window(x, kernel, stride, padding, dilation);
-  const Sizes order = channels_last_order(x);
+  const Sizes order = channels_last_order(x, kernel.size());
   const Tensor dense = order.empty() ? torch::stable::contiguous(x) : x;
   const size_t spatial = kernel.size();
   Sizes shape = sizes_of(x);
@@ -403,7 +404,7 @@ Tensor max_pool_grad(const Tensor& grad, const Tensor& offsets, Sizes size, Size
   check(sizes_of(grad) == sizes_of(offsets) && offsets.scalar_type() == ScalarType::Byte,
         "lance::max_pool_grad: grad has shape ", shape_string(grad), ", offsets ", shape_string(offsets), " and dtype ",
         dtype_name(offsets.scalar_type()), "; expected the same shape, and torch.uint8");
-  const Sizes order = channels_last_order(offsets);
+  const Sizes order = channels_last_order(offsets, kernel.size());
   const size_t spatial = kernel.size();
   Sizes shape = sizes_of(grad);
   const Sizes out(shape.end() - spatial, shape.end());

@@ -57,7 +57,11 @@ def attention(
 
 
 def _check_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    enable_gqa: bool = False,
 ) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_floating("attention", name, tensor)
@@ -70,6 +74,10 @@ def _check_attention(
         key.shape[-1] == query.shape[-1] and value.shape[-2] == key.shape[-2],
         f"lance::attention: query has shape {tuple(query.shape)}, key {tuple(key.shape)} and value "
         f"{tuple(value.shape)}; expected (..., L, E), (..., S, E) and (..., S, Ev)",
+    )
+    check(
+        query.dim() > 2 or not enable_gqa,
+        f"lance::attention: enable_gqa needs heads; query has shape {tuple(query.shape)}, expected (..., H, L, E)",
     )
     if attn_mask is None:
         return
@@ -106,10 +114,13 @@ def _reference(
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None = None,
-    *options: Any,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> torch.Tensor:
-    _check_attention(query, key, value, attn_mask)
-    return _plain(query, key, value, attn_mask, *options)
+    _check_attention(query, key, value, attn_mask, enable_gqa)
+    return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
 def _quantize(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -254,7 +265,7 @@ def _autograd(
     options = (dropout_p, is_causal, scale, enable_gqa)
     inputs = (query, key, value, attn_mask)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        _check_attention(query, key, value, attn_mask)
+        _check_attention(query, key, value, attn_mask, enable_gqa)
         y: torch.Tensor = apply(_Attention, query, key, value, attn_mask, *options)
         return y
     with below_autograd():

@@ -88,6 +88,8 @@ def check_batch_norm(operator: str, x: torch.Tensor, *vectors: torch.Tensor | No
     check_floating(operator, "x", x)
     check(x.dim() >= 2, f"lance::{operator}: x has shape {tuple(x.shape)}; expected (B, C, ...)")
     for name, vector in zip(("weight", "bias", "mean", "var"), vectors):
+        if vector is not None:
+            check_floating(operator, name, vector)
         check(
             vector is None or (vector.dim() == 1 and vector.shape[0] == x.shape[1]),
             f"lance::{operator}: {name} has shape {None if vector is None else tuple(vector.shape)}; expected "

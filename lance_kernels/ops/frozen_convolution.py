@@ -59,6 +59,10 @@ def frozen_convolution(
     return y
 
 
+def _spread(numbers: Sequence[int], dimensions: int) -> list[int]:
+    return list(numbers) * dimensions if len(numbers) == 1 else list(numbers)
+
+
 def _check(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -79,6 +83,12 @@ def _check(
             len(numbers) in (1, dimensions) and min(numbers) >= least,
             f"lance::{operator}: {name} is {list(numbers)}; expected {dimensions} numbers of at least {least}, or one",
         )
+    most = [max(pair) for pair in zip(_spread(stride, dimensions), _spread(dilation, dimensions))]
+    check(
+        not transposed or all(extra < size for extra, size in zip(_spread(output_padding, dimensions), most)),
+        f"lance::{operator}: output_padding is {list(output_padding)}; expected less than stride {list(stride)} or "
+        f"dilation {list(dilation)}",
+    )
     channels = weight.shape[0] if transposed else weight.shape[1] * groups if weight.dim() > 1 else -1
     check(
         1 <= dimensions <= 3

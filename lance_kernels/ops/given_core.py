@@ -16,7 +16,7 @@ from lance_kernels.ops._checks import check, factors_require_grad
 from lance_kernels.ops._registry import apply, autocast_arguments, define, without_autocast
 from lance_kernels.ops.convolution import Geometry, _Convolution, _product, product_flops, split_numbers
 from lance_kernels.ops.linear import _check_linear, _Linear, _linear_flops, core_size
-from lance_kernels.ops.pack_core import packed_bytes
+from lance_kernels.ops.pack_core import check_bits, packed_bytes
 from lance_kernels.ops.tucker import Factors
 
 
@@ -92,6 +92,8 @@ def convolution_given_core(
 
 def _check_core(operator: str, x: torch.Tensor, core: torch.Tensor, factors: Factors, core_bits: int) -> None:
     size = core_size(x, factors)
+    if core_bits:
+        check_bits(operator, core_bits)
     expected, dtype = ([packed_bytes(size, core_bits)], torch.uint8) if core_bits else (size, x.dtype)
     check(
         list(core.shape) == expected and core.dtype == dtype and core.device == x.device,

@@ -182,7 +182,8 @@ def check_max_pool_grad(
 def _plain_max_pool(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     two = len(args[0]) == 2
     operator = torch.ops.aten.max_pool2d_with_indices if two else torch.ops.aten.max_pool3d_with_indices
-    y, indices = operator(x, *args)
+    # ATen refuses a volume without a batch whose strides look like those of a channels_last batch of images.
+    y, indices = operator(x if x.dim() == len(args[0]) + 2 else x.contiguous(), *args)
     return y, indices
 
 
@@ -229,7 +230,8 @@ def _max_pool_offsets_fake(
     size = pooled_size(x.shape[-spatial:], kernel, stride, padding, dilation, ceil_mode)
     check(min(size) > 0, f"lance::max_pool: x has shape {tuple(x.shape)}, too small for the window {list(kernel)}")
     shape = [*x.shape[:-spatial], *size]
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
+    memory_format = memory_format_of(x) if x.dim() == spatial + 2 else torch.contiguous_format
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
     return y, torch.empty_like(y, dtype=torch.uint8)
 
 
@@ -258,7 +260,8 @@ def max_pool_grad_reference(
             not remaining.any() and bool(((indices >= 0) & (indices < inner)).all()),
             "lance::max_pool_grad: offsets hold a position outside of the input; expected those of max_pool_offsets",
         )
-    memory_format = memory_format_of(offsets)
+    batched = grad.dim() == spatial + 2
+    memory_format = memory_format_of(offsets) if batched else torch.contiguous_format
     x = torch.empty([*grad.shape[:-spatial], *size], dtype=grad.dtype, device=grad.device, memory_format=memory_format)
     operator = (
         torch.ops.aten.max_pool2d_with_indices_backward
@@ -272,7 +275,9 @@ def max_pool_grad_reference(
 def _max_pool_grad_fake(grad: torch.Tensor, offsets: torch.Tensor, size: Sequence[int], *args: Any) -> torch.Tensor:
     check_max_pool_grad(grad, offsets, size, *args)
     shape = [*grad.shape[: -len(size)], *size]
-    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format_of(offsets))
+    batched = grad.dim() == len(size) + 2
+    memory_format = memory_format_of(offsets) if batched else torch.contiguous_format
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
 
 
 class _MaxPool(torch.autograd.Function):
@@ -403,14 +408,23 @@ def _avg_pool_autograd(
         return avg_pool(x, *args)
 
 
+def _check_adaptive(x: torch.Tensor, output_size: Sequence[int]) -> None:
+    spatial = _spatial("adaptive_avg_pool", x, output_size)
+    check(
+        min(x.shape[-spatial - 1 :]) > 0 and min(output_size) >= 0,
+        f"lance::adaptive_avg_pool: x has shape {tuple(x.shape)} and output_size is {list(output_size)}; expected an "
+        "image that is not empty, and no negative size",
+    )
+
+
 def _adaptive_reference(x: torch.Tensor, output_size: Sequence[int]) -> torch.Tensor:
-    _spatial("adaptive_avg_pool", x, output_size)
+    _check_adaptive(x, output_size)
     return _plain_adaptive(x, output_size)
 
 
 def _adaptive_autograd(x: torch.Tensor, output_size: Sequence[int]) -> torch.Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
-        _spatial("adaptive_avg_pool", x, output_size)
+        _check_adaptive(x, output_size)
         y: torch.Tensor = apply(_AdaptiveAvgPool, x, output_size)
         return y
     with below_autograd():
