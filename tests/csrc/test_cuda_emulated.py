@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
+from tests.csrc.test_cuda_sources import unpreloaded
 from tests.ops.tensors import assert_near, lay_out
 
 HERE = Path(__file__).parent
@@ -48,7 +49,7 @@ def mode_grams_(tmp_path_factory):
     command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HERE}", f"-I{SOURCE.parent}"]
     command += [option for path in include_paths() for option in ("-isystem", path)]
     command += [folder / "source.cpp", "-o", folder / "emulated.so", f"-L{TORCH_LIB_PATH}", "-ltorch_cpu", "-lc10"]
-    answer = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    answer = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=unpreloaded(), timeout=300)
     assert answer.returncode == 0, answer.stderr
     torch.ops.load_library(str(folder / "emulated.so"))
     return torch.ops.lance_emulated.mode_grams_
