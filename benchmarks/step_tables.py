@@ -24,7 +24,7 @@ def step_tables(rows: list[Row]) -> list[Table]:
 
 def _table(case: str, rows: list[Row]) -> Table:
     table = Table(
-        f"One training step: {case.removeprefix('step: ')}",
+        f"One training step: {case.partition(': ')[2]}",
         (
             "method", "counted", "factors", "held", "peak", "operations over plain's",
             "of them decomposition", "step time over plain's", "decomposition", "calibration, once",
@@ -33,6 +33,10 @@ def _table(case: str, rows: list[Row]) -> Table:
     values = {(row.method, row.quantity): row for row in rows}
     for method in dict.fromkeys(row.method for row in rows):
         table.rows.append((method, *_cells(method, values)))
+    # What was not measured has no column.
+    shown = [index for index, cells in enumerate(zip(*table.rows)) if index == 0 or set(cells) != {"-"}]
+    table.columns = [table.columns[index] for index in shown]
+    table.rows = [[row[index] for index in shown] for row in table.rows]
     table.caption = (
         "Ratios of time are medians (10th to 90th percentile) over rounds in which all methods ran in turns. "
         "Decomposition: time within a step that a rival takes to compress; ours is within the layer's operator. "

@@ -22,6 +22,18 @@ from benchmarks.timing import interleave
 
 PLAIN = "plain"
 RECOMPUTING = ("checkpointed", "compiled")
+UNITS = {
+    "counted bytes": "B",
+    "factor bytes": "B",
+    "held bytes": "B",
+    "peak bytes": "B",
+    "operations": "FLOP",
+    "calibration": "s",
+}
+
+
+Makers = Mapping[str, Callable[[], Method]]
+Targets = Mapping[str, Mapping[str, float]]
 
 
 def measure_steps(
@@ -29,8 +41,10 @@ def measure_steps(
     model: nn.Module,
     names: Sequence[str],
     loader: Sequence[Batch],
-    makers: Mapping[str, Callable[[], Method]],
-    targets: Mapping[str, Mapping[str, float]] | None = None,
+    makers: Makers,
+    targets: Targets | None = None,
+    *,
+    timed: bool = True,
 ) -> list[Row]:
     """Measures one step of every method on the same model and batch.
 
@@ -43,53 +57,57 @@ def measure_steps(
         loader: batches to calibrate on; the first is the measured step's.
         makers: methods by name, plain among them.
         targets: by quantity and method, what the ratio to plain should be at most.
+        timed: measure bytes held and times too, not only what can be counted.
 
     Returns:
-        Rows of counted, factor, held and peak bytes, operations, step time, and time of decompositions and calibration.
+        Rows of counted and factor bytes and operations; with `timed` also of held and peak bytes, step time, and time
+        of decompositions and calibration.
     """
-    tables: dict[str, dict[str, list[float]]] = {
-        name: {} for name in ("counted bytes", "factor bytes", "held bytes", "peak bytes", "operations", "calibration")
-    }
+    tables: dict[str, dict[str, list[float]]] = {quantity: {} for quantity in UNITS}
     details: dict[str, dict[str, Any]] = {}
     prepared: dict[str, nn.Module] = {}
     for name, make in makers.items():
         start = time.perf_counter()
         try:
             changed = make().apply(model, names, loader)
+            seconds = time.perf_counter() - start
             found = flops(changed, loader[0])
         except TypeError:
             continue
-        tables["calibration"][name] = [time.perf_counter() - start]
-        report = lance.report(changed, loader[0][0], loss_of(loader[0][1]))
-        tables["held bytes"][name], tables["peak bytes"][name] = [float(report.held_bytes)], [float(report.peak_bytes)]
         tables["operations"][name] = [float(sum(found.values()))]
         details[name] = dict(found)
+        counted = None
+        if timed:
+            report = lance.report(changed, loader[0][0], loss_of(loader[0][1]))
+            tables["calibration"][name] = [seconds]
+            tables["held bytes"][name] = [float(report.held_bytes)]
+            tables["peak bytes"][name] = [float(report.peak_bytes)]
+            counted = report.counted_bytes if report.layers else None
+            prepared[name] = changed
         if not name.startswith((*RECOMPUTING, "LoRA")):
-            counted = report.counted_bytes if report.layers else counted_bytes(changed, names, loader[0])
-            tables["counted bytes"][name] = [float(counted)]
+            tables["counted bytes"][name] = [float(counted or counted_bytes(changed, names, loader[0]))]
             tables["factor bytes"][name] = [float(factor_bytes(changed))]
-        prepared[name] = changed
     for entry in details.values():
         entry["decomposition"] = max(0, entry["forward"] - details[PLAIN]["forward"])
         entry["dense_bytes"] = dense_bytes(model, names, loader[0])
-    make = partial(
+    make_all = partial(
         make_rows, context.suite, context.case, environment=context.environment, quick=context.quick, seed=context.seed
     )
-    units = {"operations": "FLOP", "calibration": "s"}
     rows: list[Row] = []
     for quantity, samples in tables.items():
-        baseline = None if quantity in ("calibration", "factor bytes") else PLAIN
-        rows += make(
+        rows += make_all(
             samples,
             quantity=quantity,
-            unit=units.get(quantity, "B"),
-            baseline=baseline,
+            unit=UNITS[quantity],
+            baseline=None if quantity in ("calibration", "factor bytes") else PLAIN,
             targets=(targets or {}).get(quantity),
             details=details if quantity == "operations" else None,
         )
-    samples, apart = _times(context, prepared, loader[0])
-    rows += make(samples, quantity="step time", baseline=PLAIN, targets=(targets or {}).get("step time"))
-    return rows + make({name: [value] for name, value in apart.items()}, quantity="decomposition in a step")
+    if not timed:
+        return rows
+    times, apart = _times(context, prepared, loader[0])
+    rows += make_all(times, quantity="step time", baseline=PLAIN, targets=(targets or {}).get("step time"))
+    return rows + make_all({name: [value] for name, value in apart.items()}, quantity="decomposition in a step")
 
 
 def _times(

@@ -69,8 +69,8 @@ def choose_layers(model: nn.Module, layers: str) -> list[str]:
     return chosen
 
 
-def case(name: str, layers: str, context: Context) -> list[Row]:
-    """Every method on one model; the first gradient that is asked for is that of the first trained layer's weight."""
+def case(name: str, layers: str, timed: bool, context: Context) -> list[Row]:
+    """Every method on one model, counted only or `timed` too."""
     torch.manual_seed(context.seed)
     model = frozen_norms(MODELS[name]()).to(context.device)
     names = choose_layers(model, layers)
@@ -82,13 +82,14 @@ def case(name: str, layers: str, context: Context) -> list[Row]:
     chosen = {
         quantity: {"lance": value} for quantity, value in targets.items() if value is not None and name == "ResNet-18"
     }
-    return measure_steps(context, model, names, loader, MAKERS, chosen)
+    return measure_steps(context, model, names, loader, MAKERS, chosen, timed=timed)
 
 
 def _register() -> None:
     for name, choices in CHOICES.items():
         for layers in choices:
-            SUITE.case(f"step: {name}, {layers}")(partial(case, name, layers))
+            SUITE.case(f"operations: {name}, {layers}")(partial(case, name, layers, False))
+            SUITE.case(f"step: {name}, {layers}")(partial(case, name, layers, True))
 
 
 _register()
