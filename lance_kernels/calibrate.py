@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from lance_kernels._batches import run_model, to_device_of
 from lance_kernels._grams import Collector, Grams, Seen, agree, groups_within
+from lance_kernels._ranks import choose_ranks
 from lance_kernels.config import LanceConfig
 from lance_kernels.convert import compressed_layers
 from lance_kernels.distributed import Ranks
 from lance_kernels.ops._checks import FLOATING
-from lance_kernels.plan import choose_ranks, plan
+from lance_kernels.plan import plan
 from lance_kernels.state import atomic_save, share_factors
 
 

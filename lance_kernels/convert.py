@@ -109,6 +109,7 @@ def revert_(model: nn.Module) -> nn.Module:
     forget_loading(model)
     for _, layer in list(compressed_layers(model)):
         layer.lance_clear_factors()
+        del layer.lance_lengths
         for attribute in [name for name in vars(layer) if name.startswith(("lance_", "_lance_"))]:
             delattr(layer, attribute)
         module: nn.Module = layer

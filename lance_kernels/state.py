@@ -80,7 +80,8 @@ def share_factors(model: nn.Module, groups: Mapping[str, str]) -> dict[str, str]
         layer, owner = layers.get(name), layers.get(owner_name)
         if layer is None or owner is None or layer is owner or owner._lance_owner is not None:
             continue
-        if layer.lance_core_bits == owner.lance_core_bits and _same(layer.factors, owner.factors):
+        same = _same([*layer.factors, layer.lance_lengths], [*owner.factors, owner.lance_lengths])
+        if layer.lance_core_bits == owner.lance_core_bits and same:
             layer.lance_use_factors_of(owner, relative_name(owner_name, name))
             linked[name] = owner_name
     prepare_loading(model)
@@ -164,7 +165,12 @@ def _link_loaded(model: nn.Module, incompatible_keys: Any) -> None:
 
 def _ignore_in_ddp(model: nn.Module) -> None:
     # Every rank has the same factors; DDP's broadcast would write to what a running graph holds.
-    names = [f"{name}.{b}" if name else b for name, layer in _layers(model).items() for b in layer._lance_factor_names]
+    names = [
+        f"{name}.{buffer}" if name else buffer
+        for name, layer in _layers(model).items()
+        if layer._lance_factor_names
+        for buffer in (*layer._lance_factor_names, "lance_lengths")
+    ]
     if names:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lance_kernels as lance
+from lance_kernels._candidates import selectable
+from lance_kernels._ranks import ROUNDING, choose_ranks, cosine_kept, cosine_selected, energy_rank
 from lance_kernels.ops.pack_core import packed_bytes
-from lance_kernels.plan import ROUNDING, choose_ranks, cosine_kept, energy_rank
 
 
 @given(values=st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=20), energy=st.floats(0.01, 1.0))
@@ -101,12 +102,15 @@ def test_plan_beats_every_single_energy_and_width_by_its_own_measure():
             error = size = 0.0
             for name, spectrum in calibration.layers.items():
                 ranks = choose_ranks(name, spectrum.eigenvalues, lance.LanceConfig(energy=energy))
-                kept = 1.0
+                kept = energy_kept = 1.0
                 feature = 1 if len(spectrum.size) == 4 else len(spectrum.size) - 1
                 for mode, (values, rank) in enumerate(zip(spectrum.eigenvalues, ranks)):
                     if values is not None and rank is not None:
                         share = np.array(float(values[:rank].sum() / values.sum()))
                         kept *= float(cosine_kept(share, mode == feature))
+                        energy_kept *= float(share)
+                if selectable(spectrum):
+                    kept = float(cosine_selected(np.array(1 - energy_kept)))
                 full = [extent if rank is None else rank for rank, extent in zip(ranks, spectrum.size)]
                 size += packed_bytes(full, width)
                 error += 1 - kept * (1 - ROUNDING[width])

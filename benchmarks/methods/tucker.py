@@ -10,9 +10,9 @@ from torch.nn.grad import conv2d_weight
 
 from benchmarks import published
 from benchmarks.methods.kept import Compression, Layer, padding_of
+from lance_kernels._ranks import energy_rank
 from lance_kernels.ops.mode_gram import gram_eigh, mode_gram
 from lance_kernels.ops.tucker import mode_product, tucker_project, tucker_reconstruct
-from lance_kernels.plan import energy_rank
 
 
 class Tucker(Compression):

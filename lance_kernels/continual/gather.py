@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lance_kernels._grams import Collector, Grams, agree
+from lance_kernels._ranks import choose_ranks
 from lance_kernels.calibrate import _pass_over, _Runner
 from lance_kernels.continual.basis import Basis
 from lance_kernels.continual.layers import PatchConvolution, PatchFactors
@@ -21,7 +22,6 @@ from lance_kernels.nn._compressed import CompressedLayer
 from lance_kernels.ops._checks import accumulation_dtype
 from lance_kernels.ops.pack_core import packed_bytes
 from lance_kernels.ops.patch_convolution import patch_core_size
-from lance_kernels.plan import choose_ranks
 
 
 class FeatureGrams:

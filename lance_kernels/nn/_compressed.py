@@ -26,6 +26,8 @@ class CompressedLayer(nn.Module):
         lance_config: how ranks are chosen when factors are made.
         lance_core_bits: bits a value of the core, 0 for the dtype of the input.
         lance_exact: keep the whole input and give dense gradients.
+        lance_lengths: of a sample's core, how many leading values of the last mode are kept, by the indices of the
+            modes between, int32; None for all.
     """
 
     plain_type: ClassVar[type[nn.Module]]
@@ -33,7 +35,9 @@ class CompressedLayer(nn.Module):
     lance_config: LanceConfig
     lance_core_bits: int
     lance_exact: bool
+    lance_lengths: torch.Tensor | None
     _lance_factor_names: tuple[str, ...]
+    _lance_count: int  # the sum of lance_lengths
     # The layer that stores the factors this one uses too, and its relative name; a tuple hides it from `modules()`.
     _lance_owner: tuple[CompressedLayer, str] | None
     # Where an owner's core is found by the layers that use its factors; only owners have one.
@@ -48,6 +52,7 @@ class CompressedLayer(nn.Module):
         self.lance_config = config
         self.lance_core_bits = config.core_bits or 0
         self.lance_exact = False
+        self.register_buffer("lance_lengths", None)
         self._lance_factor_names = ()
         self._lance_owner = None
         self._lance_shared = None
@@ -78,17 +83,21 @@ class CompressedLayer(nn.Module):
         """Name of the layer that stores this one's factors, as a saved state has it; empty for one that has its own."""
         return owner_tensor("" if self._lance_owner is None else self._lance_owner[1])
 
-    def set_factors(self, factors: Sequence[torch.Tensor | None]) -> None:
+    def set_factors(self, factors: Sequence[torch.Tensor | None], lengths: torch.Tensor | None = None) -> None:
         """Replaces the layer's factors.
 
         Args:
             factors: one `(size, rank)` matrix or None a mode of the input; empty makes the layer uncalibrated. They are
                 stored as buffers named `lance_factor_<mode>of<modes>`, in float32 (float64 for a float64 weight), also
                 when the model moves to a narrower dtype later, so that no step casts them.
+            lengths: of a sample's core, how many leading values of the last mode are kept, by the indices of the modes
+                between; None for all. Needs a factor for every mode but the first, which has none.
         """
-        self._store_factors(factors, self.weight.device)
+        self._store_factors(factors, lengths, self.weight.device)
 
-    def _store_factors(self, factors: Sequence[torch.Tensor | None], device: torch.device) -> None:
+    def _store_factors(
+        self, factors: Sequence[torch.Tensor | None], lengths: torch.Tensor | None, device: torch.device
+    ) -> None:
         self.lance_clear_factors()
         dtype = accumulation_dtype(self.weight.dtype)
         names = tuple(factor_name(mode, len(factors)) for mode in range(len(factors)))
@@ -96,11 +105,14 @@ class CompressedLayer(nn.Module):
             stored = None if factor is None else factor.detach().to(device, dtype, copy=True).contiguous()
             self.register_buffer(name, stored)
         self._lance_factor_names = names
+        self.lance_lengths = None if lengths is None else lengths.detach().to(device, torch.int32, copy=True)
+        self._lance_count = 0 if lengths is None or lengths.is_meta else int(lengths.sum())
 
     def lance_clear_factors(self) -> None:
         """Forgets the factors; the layer is plain again until it gets new ones."""
         for name in self._lance_factor_names:
             delattr(self, name)
+        self.lance_lengths = None
         self._lance_factor_names = ()
         self._lance_owner = None
 
@@ -165,11 +177,23 @@ class CompressedLayer(nn.Module):
             return None
         return fitting
 
+    def lance_lengths_for(self, factors: Factors) -> tuple[torch.Tensor | None, int]:
+        """What of a core by these factors is kept: lengths and their sum, as the operators take them.
+
+        None and 0, that is all, where a mode is kept for a call and the lengths do not fit.
+        """
+        source = self.lance_source
+        fits = len(factors) == len(source._lance_factor_names) and all(factor is not None for factor in factors[1:])
+        return (source.lance_lengths, source._lance_count) if fits and source.lance_lengths is not None else (None, 0)
+
     def lance_core_size(self, size: Sequence[int]) -> list[int] | None:
-        """Shape of the core of an input of this size; None when there is nothing to compress."""
+        """Shape of what is kept of an input of this size, before packing; None when there is nothing to compress."""
         factors = self.lance_factors_for(size)
         if factors is None:
             return None
+        lengths, count = self.lance_lengths_for(factors)
+        if lengths is not None:
+            return [size[0], count]
         return [extent if factor is None else factor.shape[1] for factor, extent in zip(factors, size)]
 
     def lance_shared(self, x: torch.Tensor) -> SharedCore | None:
@@ -214,14 +238,14 @@ class CompressedLayer(nn.Module):
             if found.complete and not problems:
                 assign = local_metadata.get("assign_to_params_buffers", False)
                 device = next((f.device for f in found.factors if f is not None and assign), self.weight.device)
-                self._store_factors(found.factors, device)
+                self._store_factors(found.factors, found.lengths, device)
                 self.lance_core_bits = found.core_bits
             elif found.owner and not problems:
                 # The root's hook finds the owner once everything is loaded.
                 vars(self)["_lance_pending_owner"] = found.owner
                 self.lance_core_bits = found.core_bits
         # Strict loading asks for every buffer: the factors were dealt with here, or stay as they are.
-        for name in self._lance_factor_names:
+        for name in (*self._lance_factor_names, "lance_lengths"):
             if getattr(self, name) is not None:
                 own[f"{prefix}{name}"] = getattr(self, name)
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -230,6 +254,8 @@ class CompressedLayer(nn.Module):
         """The namesake's, and the factors' sizes and ranks."""
         shapes = ["keep" if f is None else f"{f.shape[0]}->{f.shape[1]}" for f in self.factors]
         bits = f", core_bits={self.lance_core_bits}" if self.lance_core_bits else ""
+        if self.lance_source.lance_lengths is not None:
+            bits = f", values={self.lance_source._lance_count}{bits}"
         owner = "" if self._lance_owner is None else f", shared with {self._lance_owner[1]}"
         state = f"factors=({', '.join(shapes)}){bits}{owner}" if self.is_calibrated else "not calibrated"
         return f"{super().extra_repr()}, {state}"

@@ -1,7 +1,8 @@
 """What a compressed layer adds to a state dictionary, and what may come back from one.
 
 A calibrated layer's entries beside its parameters, after its prefix: `lance_factor_<mode>of<modes>`, float matrices;
-`lance_form`, number of modes and bits a value of the core; and, in place of the factors, `lance_owner`, the bytes of
+`lance_form`, number of modes and bits a value of the core; `lance_lengths`, how many values of the
+core's rows are kept, where not all are; and, in place of the factors, `lance_owner`, the bytes of
 the name of the layer whose factors it uses. That name is relative, so that it holds whatever wraps the model: one dot
 for each part to drop from the end of the layer's own name, then what follows (".query", "..shortcut.0").
 """
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from lance_kernels.nn._compressed import CompressedLayer
 
 _FACTOR = re.compile(r"lance_factor_(\d{1,2})of(\d{1,2})")
-_OWN = re.compile(r"(?:.*\.)?(lance_factor_\d+of\d+|lance_form|lance_owner)")
+_OWN = re.compile(r"(?:.*\.)?(lance_factor_\d+of\d+|lance_form|lance_lengths|lance_owner)")
 MOST_MODES = 16
 # Rounding to bfloat16 moves an entry of `U^T U` by less than this.
 ORTHONORMALITY = 0.05
@@ -36,12 +37,14 @@ class LayerState:
         factors: one `(size, rank)` matrix or None a mode; empty where an owner has them.
         core_bits: bits a value of the core, 0 for the dtype of the input.
         owner: relative name of the layer that has the factors, or "".
+        lengths: how many leading values of each row of a sample's core are kept; None for all.
     """
 
     keys: list[str]
     factors: list[torch.Tensor | None]
     core_bits: int
     owner: str
+    lengths: torch.Tensor | None = None
 
     @property
     def complete(self) -> bool:
@@ -95,6 +98,7 @@ def layer_state(layer: CompressedLayer, state: Mapping[str, Any], prefix: str) -
     keys: list[str] = []
     problems: list[str] = []
     modes, core_bits, owner = 0, layer.lance_core_bits, ""
+    lengths: torch.Tensor | None = None
     for key, value in state.items():
         name = key.removeprefix(prefix)
         if not key.startswith(prefix) or "." in name or not is_own(name):
@@ -120,6 +124,8 @@ def layer_state(layer: CompressedLayer, state: Mapping[str, Any], prefix: str) -
                 if modes not in (0, form[0]):
                     problems.append(f"{key} says {form[0]} modes, other entries {modes}")
                 modes, core_bits = modes or form[0], form[1]
+        elif name == "lance_lengths":
+            lengths = value
         elif name == "lance_owner":
             owner_name = _owner_name(value)
             if owner_name is None:
@@ -130,7 +136,9 @@ def layer_state(layer: CompressedLayer, state: Mapping[str, Any], prefix: str) -
     if not keys:
         return None, []
     factors = [found.get(mode) for mode in range(modes)] if not owner else []
-    return LayerState(keys, factors, core_bits, owner), problems
+    if lengths is not None and not problems and (problem := _lengths_problem(lengths, factors)):
+        problems.append(f"{prefix}lance_lengths {problem}")
+    return LayerState(keys, factors, core_bits, owner, lengths), problems
 
 
 def _factor_problem(layer: CompressedLayer, factor: torch.Tensor, mode: int, modes: int) -> str | None:
@@ -152,6 +160,19 @@ def _factor_problem(layer: CompressedLayer, factor: torch.Tensor, mode: int, mod
         return "holds NaN or infinity"
     error = float((wide.mT @ wide - torch.eye(wide.shape[1], device=wide.device)).abs().max())
     return None if error <= ORTHONORMALITY else f"has columns that are not orthonormal (off by {error:.2g})"
+
+
+def _lengths_problem(lengths: torch.Tensor, factors: list[torch.Tensor | None]) -> str | None:
+    ranks = [factor.shape[1] for factor in factors[1:] if factor is not None]
+    if len(factors) < 2 or factors[0] is not None or len(ranks) != len(factors) - 1:
+        return "is given with factors that keep a mode; expected one for every mode but the first"
+    if lengths.dtype != torch.int32 or list(lengths.shape) != ranks[:-1]:
+        return f"is {_describe(lengths)}; expected int32 of shape {tuple(ranks[:-1])}"
+    if lengths.is_meta:
+        return None
+    if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= ranks[-1]:
+        return f"has entries outside 0 to {ranks[-1]}"
+    return None if int(lengths.sum()) else "keeps no value"
 
 
 def _form(value: torch.Tensor) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import conv_flop_count
 from lance_kernels.ops._checks import check, check_factors, check_same, factors_require_grad
 from lance_kernels.ops._padding import MODES, pad_pairs, pad_spatial, unpad_spatial_grad
 from lance_kernels.ops._registry import apply, autocast_arguments, define, once_differentiable, without_autocast
-from lance_kernels.ops.linear import core_size, fake_core, keep_core, kept_factors
+from lance_kernels.ops.linear import check_lengths, core_size, fake_core, keep_core, kept_factors, restore_core
 from lance_kernels.ops.tucker import Factors, mode_product_flops, ranks_of
 
 
@@ -36,6 +36,8 @@ def convolution(
     factors: Factors,
     core_bits: int = 0,
     padding_mode: str = "zeros",
+    core_lengths: torch.Tensor | None = None,
+    core_count: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Convolution of `x` with `weight`, keeping the core of `x` for the weight gradient.
 
@@ -50,6 +52,10 @@ def convolution(
         factors: one `(size, rank)` matrix or None a mode of `x`.
         core_bits: 0 keeps the core in the dtype of `x`; 8, 4 or 2 keep what `pack_core` makes of it.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
+        core_lengths: of each sample's core, how many leading values of the last mode are kept, by the indices of the
+            modes between: an integer tensor of the shape of the core without its first and last mode. The rest count
+            as zero. None keeps all.
+        core_count: the sum of `core_lengths`.
 
     Returns:
         `y`, `(B, O, *S')`, exactly PyTorch's, and the core (the packed buffer with `core_bits`; in float16 divided by a
@@ -62,7 +68,18 @@ def convolution(
             derivative is asked for.
     """
     y, core = torch.ops.lance.convolution(
-        x, weight, bias, stride, padding, dilation, groups, list(factors), core_bits, padding_mode
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        list(factors),
+        core_bits,
+        padding_mode,
+        core_lengths,
+        core_count,
     )
     return y, core
 
@@ -180,8 +197,12 @@ def _forward(
     geometry: Geometry,
     factors: Factors,
     core_bits: int,
+    core_lengths: torch.Tensor | None,
+    core_count: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _product(x, weight, bias, geometry, factors), keep_core(x, factors, core_bits)
+    y = _product(x, weight, bias, geometry, factors)
+    check_lengths("convolution", x, factors, core_lengths, core_count)
+    return y, keep_core(x, factors, core_bits, core_lengths, core_count)
 
 
 def _input_grad(
@@ -214,13 +235,16 @@ class _Convolution(torch.autograd.Function):
         bias: torch.Tensor | None,
         geometry: Geometry,
         core_bits: int,
+        core_lengths: torch.Tensor | None,
+        core_count: int,
         *factors: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         check(not factors_require_grad(factors), "lance::convolution: factors require a gradient; expected fixed ones")
-        y, core = _forward(x, weight, bias, geometry, factors, core_bits)
+        y, core = _forward(x, weight, bias, geometry, factors, core_bits, core_lengths, core_count)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(core if needs_weight else None, weight if needs_x else None, *factors)
-        ctx.geometry, ctx.core_bits, ctx.core_size, ctx.dtype = geometry, core_bits, core_size(x, factors), x.dtype
+        ctx.save_for_backward(core if needs_weight else None, weight if needs_x else None, core_lengths, *factors)
+        ctx.geometry, ctx.core_bits, ctx.core_count, ctx.dtype = geometry, core_bits, core_count, x.dtype
+        ctx.core_size = core_size(x, factors)
         ctx.input_size, ctx.weight_size = x.shape, weight.shape
         ctx.mark_non_differentiable(core)
         ctx.set_materialize_grads(False)
@@ -229,22 +253,21 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable("convolution")
     def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
-        core, weight, *factors = ctx.saved_tensors
+        core, weight, lengths, *factors = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
         if grad_output is not None:
             if needs_x:
                 grad_x = _input_grad(grad_output, weight, ctx.input_size, ctx.geometry)
             if needs_weight:
-                if ctx.core_bits:
-                    core = torch.ops.lance.unpack_core(core, ctx.core_size, ctx.core_bits, ctx.dtype)
+                core = restore_core(core, ctx.core_size, ctx.core_bits, lengths, ctx.core_count, ctx.dtype)
                 expanding = kept_factors(factors, ctx.dtype, expand=True)
                 grad_weight = torch.ops.lance.convolution_weight_grad(
                     grad_output, core, expanding, ctx.weight_size, *ctx.geometry
                 )
             if needs_bias:
                 grad_bias = grad_output.sum(dim=[0, *range(2, grad_output.dim())])
-        return grad_x, grad_weight, grad_bias, None, None, *[None] * len(factors)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, *[None] * len(factors)
 
 
 def split_numbers(
@@ -255,9 +278,11 @@ def split_numbers(
     factors: Factors,
     core_bits: int = 0,
     padding_mode: str = "zeros",
-) -> tuple[Geometry, Factors, int]:
-    """Geometry, factors and bits of the core from what follows the tensors in a call of `lance::convolution`."""
-    return Geometry(stride, padding, dilation, groups, padding_mode), factors, core_bits
+    core_lengths: torch.Tensor | None = None,
+    core_count: int = 0,
+) -> tuple[Geometry, Factors, int, torch.Tensor | None, int]:
+    """Geometry, factors, and the core's bits, lengths and count, from what follows the tensors in a call."""
+    return Geometry(stride, padding, dilation, groups, padding_mode), factors, core_bits, core_lengths, core_count
 
 
 def _convolution_reference(
@@ -269,16 +294,18 @@ def _convolution_reference(
 def _convolution_fake(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *numbers: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    geometry, factors, core_bits = split_numbers(*numbers)
+    geometry, factors, core_bits, core_lengths, core_count = split_numbers(*numbers)
     # Forwarding to the library's fake convolution gives its strides.
-    return _product(x, weight, bias, geometry, factors), fake_core(x, factors, core_bits)
+    y = _product(x, weight, bias, geometry, factors)
+    check_lengths("convolution", x, factors, core_lengths, core_count)
+    return y, fake_core(x, factors, core_bits, core_lengths, core_count)
 
 
 def _convolution_autograd(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *numbers: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    geometry, factors, core_bits = split_numbers(*numbers)
-    y, core = apply(_Convolution, x, weight, bias, geometry, core_bits, *factors)
+    geometry, factors, core_bits, core_lengths, core_count = split_numbers(*numbers)
+    y, core = apply(_Convolution, x, weight, bias, geometry, core_bits, core_lengths, core_count, *factors)
     return y, core
 
 
@@ -313,7 +340,8 @@ def _convolution_flops(
 
 define(
     "convolution(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
-    'Tensor?[] factors, int core_bits=0, str padding_mode="zeros") -> (Tensor, Tensor)',
+    'Tensor?[] factors, int core_bits=0, str padding_mode="zeros", Tensor? core_lengths=None, '
+    "SymInt core_count=0) -> (Tensor, Tensor)",
     reference=_convolution_reference,
     fake=_convolution_fake,
     autograd=_convolution_autograd,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lance_kernels.ops._checks import check, factors_require_grad
 from lance_kernels.ops._registry import apply, autocast_arguments, define, without_autocast
 from lance_kernels.ops.convolution import Geometry, _Convolution, _product, product_flops, split_numbers
-from lance_kernels.ops.linear import _check_linear, _Linear, _linear_flops, core_size
+from lance_kernels.ops.linear import _check_linear, _Linear, _linear_flops, check_lengths, core_size, kept_size
 from lance_kernels.ops.pack_core import check_bits, packed_bytes
 from lance_kernels.ops.tucker import Factors
 
@@ -27,6 +27,8 @@ def linear_given_core(
     core: torch.Tensor,
     factors: Factors,
     core_bits: int = 0,
+    core_lengths: torch.Tensor | None = None,
+    core_count: int = 0,
 ) -> torch.Tensor:
     """`lance_kernels.ops.linear`'s `y` for a core made before.
 
@@ -37,6 +39,8 @@ def linear_given_core(
         core: the core that `linear` returned for this `x`, `factors` and `core_bits`.
         factors: one `(size, rank)` matrix or None a mode of `x`.
         core_bits: as for the call that made the core.
+        core_lengths: as for the call that made the core.
+        core_count: as for the call that made the core.
 
     Returns:
         `y`, `(..., O)`, differentiable once in `x`, `weight` and `bias`.
@@ -45,7 +49,9 @@ def linear_given_core(
         RuntimeError: shapes, dtypes or devices do not fit, a factor requires a gradient, or a second derivative is
             asked for.
     """
-    y: torch.Tensor = torch.ops.lance.linear_given_core(x, weight, bias, core, list(factors), core_bits)
+    y: torch.Tensor = torch.ops.lance.linear_given_core(
+        x, weight, bias, core, list(factors), core_bits, core_lengths, core_count
+    )
     return y
 
 
@@ -61,6 +67,8 @@ def convolution_given_core(
     factors: Factors,
     core_bits: int = 0,
     padding_mode: str = "zeros",
+    core_lengths: torch.Tensor | None = None,
+    core_count: int = 0,
 ) -> torch.Tensor:
     """`lance_kernels.ops.convolution`'s `y` for a core made before.
 
@@ -76,6 +84,8 @@ def convolution_given_core(
         factors: one `(size, rank)` matrix or None a mode of `x`.
         core_bits: as for the call that made the core.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
+        core_lengths: as for the call that made the core.
+        core_count: as for the call that made the core.
 
     Returns:
         `y`, `(B, O, *S')`, differentiable once in `x`, `weight` and `bias`.
@@ -85,13 +95,34 @@ def convolution_given_core(
             derivative is asked for.
     """
     y: torch.Tensor = torch.ops.lance.convolution_given_core(
-        x, weight, bias, stride, padding, dilation, groups, core, list(factors), core_bits, padding_mode
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        core,
+        list(factors),
+        core_bits,
+        padding_mode,
+        core_lengths,
+        core_count,
     )
     return y
 
 
-def _check_core(operator: str, x: torch.Tensor, core: torch.Tensor, factors: Factors, core_bits: int) -> None:
-    size = core_size(x, factors)
+def _check_core(
+    operator: str,
+    x: torch.Tensor,
+    core: torch.Tensor,
+    factors: Factors,
+    core_bits: int,
+    core_lengths: torch.Tensor | None,
+    core_count: int,
+) -> None:
+    check_lengths(operator, x, factors, core_lengths, core_count)
+    size = kept_size(x, factors, core_lengths, core_count)
     if core_bits:
         check_bits(operator, core_bits)
     expected, dtype = ([packed_bytes(size, core_bits)], torch.uint8) if core_bits else (size, x.dtype)
@@ -109,9 +140,11 @@ def _linear_reference(
     core: torch.Tensor,
     factors: Factors,
     core_bits: int = 0,
+    core_lengths: torch.Tensor | None = None,
+    core_count: int = 0,
 ) -> torch.Tensor:
     _check_linear(x, weight, bias, factors)
-    _check_core("linear_given_core", x, core, factors, core_bits)
+    _check_core("linear_given_core", x, core, factors, core_bits, core_lengths, core_count)
     return F.linear(x, weight, bias)
 
 
@@ -122,9 +155,11 @@ def _linear_fake(
     core: torch.Tensor,
     factors: Factors,
     core_bits: int = 0,
+    core_lengths: torch.Tensor | None = None,
+    core_count: int = 0,
 ) -> torch.Tensor:
     _check_linear(x, weight, bias, factors)
-    _check_core("linear_given_core", x, core, factors, core_bits)
+    _check_core("linear_given_core", x, core, factors, core_bits, core_lengths, core_count)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -136,14 +171,16 @@ class _LinearGivenCore(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         core_bits: int,
+        core_lengths: torch.Tensor | None,
+        core_count: int,
         core: torch.Tensor,
         *factors: torch.Tensor | None,
     ) -> torch.Tensor:
         check(not factors_require_grad(factors), "lance::linear_given_core: factors require a gradient")
-        y = _linear_reference(x, weight, bias, core, factors, core_bits)
+        y = _linear_reference(x, weight, bias, core, factors, core_bits, core_lengths, core_count)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(core if needs_weight else None, weight if needs_x else None, *factors)
-        ctx.core_bits, ctx.core_size, ctx.dtype = core_bits, core_size(x, factors), x.dtype
+        ctx.save_for_backward(core if needs_weight else None, weight if needs_x else None, core_lengths, *factors)
+        ctx.core_bits, ctx.core_count, ctx.core_size, ctx.dtype = core_bits, core_count, core_size(x, factors), x.dtype
         ctx.set_materialize_grads(False)
         return y
 
@@ -159,8 +196,10 @@ def _linear_autograd(
     core: torch.Tensor,
     factors: Factors,
     core_bits: int = 0,
+    core_lengths: torch.Tensor | None = None,
+    core_count: int = 0,
 ) -> torch.Tensor:
-    y: torch.Tensor = apply(_LinearGivenCore, x, weight, bias, core_bits, core, *factors)
+    y: torch.Tensor = apply(_LinearGivenCore, x, weight, bias, core_bits, core_lengths, core_count, core, *factors)
     return y
 
 
@@ -171,17 +210,19 @@ def _linear_autocast(
     core: torch.Tensor,
     factors: Factors,
     core_bits: int = 0,
+    core_lengths: torch.Tensor | None = None,
+    core_count: int = 0,
 ) -> torch.Tensor:
     x, weight, bias = autocast_arguments(x, weight, bias)
     with without_autocast():
-        return linear_given_core(x, weight, bias, core, factors, core_bits)
+        return linear_given_core(x, weight, bias, core, factors, core_bits, core_lengths, core_count)
 
 
 def _linear_given_core_flops(x_shape: Sequence[int], weight_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
     return _linear_flops(x_shape, weight_shape, None, [None] * len(x_shape))
 
 
-def _split(*numbers: Any) -> tuple[torch.Tensor, tuple[Geometry, Factors, int]]:
+def _split(*numbers: Any) -> tuple[torch.Tensor, tuple[Geometry, Factors, int, torch.Tensor | None, int]]:
     """The core, and the rest as `lance::convolution` has it."""
     return numbers[4], split_numbers(*numbers[:4], *numbers[5:])
 
@@ -189,9 +230,9 @@ def _split(*numbers: Any) -> tuple[torch.Tensor, tuple[Geometry, Factors, int]]:
 def _convolution_reference(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *numbers: Any
 ) -> torch.Tensor:
-    core, (geometry, factors, core_bits) = _split(*numbers)
+    core, (geometry, factors, core_bits, core_lengths, core_count) = _split(*numbers)
     y = _product(x, weight, bias, geometry, factors)
-    _check_core("convolution_given_core", x, core, factors, core_bits)
+    _check_core("convolution_given_core", x, core, factors, core_bits, core_lengths, core_count)
     return y
 
 
@@ -204,15 +245,18 @@ class _ConvolutionGivenCore(torch.autograd.Function):
         bias: torch.Tensor | None,
         geometry: Geometry,
         core_bits: int,
+        core_lengths: torch.Tensor | None,
+        core_count: int,
         core: torch.Tensor,
         *factors: torch.Tensor | None,
     ) -> torch.Tensor:
         check(not factors_require_grad(factors), "lance::convolution_given_core: factors require a gradient")
         y = _product(x, weight, bias, geometry, factors)
-        _check_core("convolution_given_core", x, core, factors, core_bits)
+        _check_core("convolution_given_core", x, core, factors, core_bits, core_lengths, core_count)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(core if needs_weight else None, weight if needs_x else None, *factors)
-        ctx.geometry, ctx.core_bits, ctx.core_size, ctx.dtype = geometry, core_bits, core_size(x, factors), x.dtype
+        ctx.save_for_backward(core if needs_weight else None, weight if needs_x else None, core_lengths, *factors)
+        ctx.geometry, ctx.core_bits, ctx.core_count, ctx.dtype = geometry, core_bits, core_count, x.dtype
+        ctx.core_size = core_size(x, factors)
         ctx.input_size, ctx.weight_size = x.shape, weight.shape
         ctx.set_materialize_grads(False)
         return y
@@ -225,8 +269,10 @@ class _ConvolutionGivenCore(torch.autograd.Function):
 def _convolution_autograd(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *numbers: Any
 ) -> torch.Tensor:
-    core, (geometry, factors, core_bits) = _split(*numbers)
-    y: torch.Tensor = apply(_ConvolutionGivenCore, x, weight, bias, geometry, core_bits, core, *factors)
+    core, (geometry, factors, core_bits, core_lengths, core_count) = _split(*numbers)
+    y: torch.Tensor = apply(
+        _ConvolutionGivenCore, x, weight, bias, geometry, core_bits, core_lengths, core_count, core, *factors
+    )
     return y
 
 
@@ -240,8 +286,8 @@ def _convolution_autocast(
 
 
 define(
-    "linear_given_core(Tensor x, Tensor weight, Tensor? bias, Tensor core, Tensor?[] factors, int core_bits=0) "
-    "-> Tensor",
+    "linear_given_core(Tensor x, Tensor weight, Tensor? bias, Tensor core, Tensor?[] factors, int core_bits=0, "
+    "Tensor? core_lengths=None, SymInt core_count=0) -> Tensor",
     reference=_linear_reference,
     fake=_linear_fake,
     autograd=_linear_autograd,
@@ -250,7 +296,8 @@ define(
 )
 define(
     "convolution_given_core(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
-    'int groups, Tensor core, Tensor?[] factors, int core_bits=0, str padding_mode="zeros") -> Tensor',
+    'int groups, Tensor core, Tensor?[] factors, int core_bits=0, str padding_mode="zeros", '
+    "Tensor? core_lengths=None, SymInt core_count=0) -> Tensor",
     reference=_convolution_reference,
     fake=_convolution_reference,
     autograd=_convolution_autograd,

@@ -34,6 +34,8 @@ def linear(
     bias: torch.Tensor | None,
     factors: Factors,
     core_bits: int = 0,
+    core_lengths: torch.Tensor | None = None,
+    core_count: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`x @ weight^T + bias`, keeping the core of `x` for the weight gradient.
 
@@ -43,6 +45,10 @@ def linear(
         bias: `(O,)` or None.
         factors: one `(size, rank)` matrix or None a mode of `x`.
         core_bits: 0 keeps the core in the dtype of `x`; 8, 4 or 2 keep what `pack_core` makes of it.
+        core_lengths: of each sample's core, how many leading values of the last mode are kept, by the indices of the
+            modes between: an integer tensor of the shape of the core without its first and last mode. The rest count
+            as zero. None keeps all.
+        core_count: the sum of `core_lengths`.
 
     Returns:
         `y`, `(..., O)`, exactly `torch.nn.functional.linear`'s, and the core (the packed buffer with `core_bits`; in
@@ -54,7 +60,7 @@ def linear(
         RuntimeError: shapes, dtypes or devices do not fit, a factor requires a gradient, or a second derivative is
             asked for.
     """
-    y, core = torch.ops.lance.linear(x, weight, bias, list(factors), core_bits)
+    y, core = torch.ops.lance.linear(x, weight, bias, list(factors), core_bits, core_lengths, core_count)
     return y, core
 
 
@@ -110,16 +116,79 @@ def kept_factors(factors: Factors, dtype: torch.dtype, expand: bool = False) -> 
     ]
 
 
-def keep_core(x: torch.Tensor, factors: Factors, core_bits: int) -> torch.Tensor:
-    """The core of `x` by its `kept_factors`, packed when `core_bits` is not 0."""
+def core_places(core_lengths: torch.Tensor, core_count: int, last: int) -> torch.Tensor:
+    """Places, in a sample's flattened core, of the values that `core_lengths` keeps, `(core_count,)`, int64.
+
+    Args:
+        core_lengths: how many leading values of the last mode are kept, for every index of the modes between.
+        core_count: their sum.
+        last: rank of the last mode.
+    """
+    lengths = core_lengths.flatten().long()
+    rows = torch.arange(lengths.shape[0], device=lengths.device)
+    shifts = rows * last - (lengths.cumsum(0) - lengths)
+    within = torch.arange(core_count, device=lengths.device)
+    return shifts.repeat_interleave(lengths, output_size=core_count) + within
+
+
+def keep_core(
+    x: torch.Tensor, factors: Factors, core_bits: int, core_lengths: torch.Tensor | None, core_count: int
+) -> torch.Tensor:
+    """The core of `x` by its `kept_factors`, its values within `core_lengths`, packed when `core_bits` is not 0."""
     core: torch.Tensor = torch.ops.lance.tucker_project(x, kept_factors(factors, x.dtype))
+    if core_lengths is not None:
+        core = core.flatten(1).index_select(1, core_places(core_lengths, core_count, core.shape[-1]))
     return torch.ops.lance.pack_core(core, core_bits) if core_bits else core
 
 
-def fake_core(x: torch.Tensor, factors: Factors, core_bits: int) -> torch.Tensor:
+def kept_size(x: torch.Tensor, factors: Factors, core_lengths: torch.Tensor | None, core_count: int) -> list[int]:
+    """Shape of what is kept of the core of `x`, before it is packed."""
+    return core_size(x, factors) if core_lengths is None else [x.shape[0], core_count]
+
+
+def fake_core(
+    x: torch.Tensor, factors: Factors, core_bits: int, core_lengths: torch.Tensor | None, core_count: int
+) -> torch.Tensor:
     """Shape and dtype of what `keep_core` returns."""
-    shape = core_size(x, factors)
+    shape = kept_size(x, factors, core_lengths, core_count)
     return x.new_empty(packed_bytes(shape, core_bits), dtype=torch.uint8) if core_bits else x.new_empty(shape)
+
+
+def restore_core(
+    kept: torch.Tensor,
+    size: Sequence[int],
+    core_bits: int,
+    core_lengths: torch.Tensor | None,
+    core_count: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The core of shape `size` from what `keep_core` kept of it."""
+    if core_bits:
+        shape = size if core_lengths is None else [size[0], core_count]
+        kept = torch.ops.lance.unpack_core(kept, shape, core_bits, dtype)
+    if core_lengths is None:
+        return kept
+    places = core_places(core_lengths, core_count, size[-1])
+    return kept.new_zeros(size[0], math.prod(size[1:])).index_copy(1, places, kept).view(tuple(size))
+
+
+def check_lengths(
+    operator: str, x: torch.Tensor, factors: Factors, core_lengths: torch.Tensor | None, core_count: int
+) -> None:
+    """Refuses lengths that do not fit the core; their values are not read."""
+    if core_lengths is None:
+        return
+    size = core_size(x, factors)
+    check(
+        len(size) > 1
+        and list(core_lengths.shape) == size[1:-1]
+        and not (core_lengths.is_floating_point() or core_lengths.is_complex() or core_lengths.dtype == torch.bool)
+        and core_lengths.device == x.device
+        and 0 <= core_count <= math.prod(size[1:]),
+        f"lance::{operator}: core_lengths is {core_lengths.dtype} of shape {tuple(core_lengths.shape)} on "
+        f"{core_lengths.device} and core_count {core_count}; expected integers of shape {tuple(size[1:-1])} on "
+        f"{x.device} that sum to core_count, for a core of shape {tuple(size)} with two modes or more",
+    )
 
 
 def core_size(x: torch.Tensor, factors: Factors) -> list[int]:
@@ -128,17 +197,31 @@ def core_size(x: torch.Tensor, factors: Factors) -> list[int]:
 
 
 def _linear_reference(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, factors: Factors, core_bits: int = 0
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    factors: Factors,
+    core_bits: int = 0,
+    core_lengths: torch.Tensor | None = None,
+    core_count: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_linear(x, weight, bias, factors)
-    return F.linear(x, weight, bias), keep_core(x, factors, core_bits)
+    check_lengths("linear", x, factors, core_lengths, core_count)
+    return F.linear(x, weight, bias), keep_core(x, factors, core_bits, core_lengths, core_count)
 
 
 def _linear_fake(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, factors: Factors, core_bits: int = 0
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    factors: Factors,
+    core_bits: int = 0,
+    core_lengths: torch.Tensor | None = None,
+    core_count: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_linear(x, weight, bias, factors)
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), fake_core(x, factors, core_bits)
+    check_lengths("linear", x, factors, core_lengths, core_count)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), fake_core(x, factors, core_bits, core_lengths, core_count)
 
 
 class _Linear(torch.autograd.Function):
@@ -149,13 +232,15 @@ class _Linear(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         core_bits: int,
+        core_lengths: torch.Tensor | None,
+        core_count: int,
         *factors: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         check(not factors_require_grad(factors), "lance::linear: factors require a gradient; expected fixed factors")
-        y, core = _linear_reference(x, weight, bias, factors, core_bits)
+        y, core = _linear_reference(x, weight, bias, factors, core_bits, core_lengths, core_count)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(core if needs_weight else None, weight if needs_x else None, *factors)
-        ctx.core_bits, ctx.core_size, ctx.dtype = core_bits, core_size(x, factors), x.dtype
+        ctx.save_for_backward(core if needs_weight else None, weight if needs_x else None, core_lengths, *factors)
+        ctx.core_bits, ctx.core_count, ctx.core_size, ctx.dtype = core_bits, core_count, core_size(x, factors), x.dtype
         ctx.mark_non_differentiable(core)
         ctx.set_materialize_grads(False)
         return y, core
@@ -163,35 +248,46 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable("linear")
     def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
-        core, weight, *factors = ctx.saved_tensors
+        core, weight, lengths, *factors = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
         if grad_output is not None:
             if needs_x:
                 grad_x = grad_output @ weight
             if needs_weight:
-                if ctx.core_bits:
-                    core = torch.ops.lance.unpack_core(core, ctx.core_size, ctx.core_bits, ctx.dtype)
+                core = restore_core(core, ctx.core_size, ctx.core_bits, lengths, ctx.core_count, ctx.dtype)
                 expanding = kept_factors(factors, ctx.dtype, expand=True)
                 grad_weight = torch.ops.lance.linear_weight_grad(grad_output, core, expanding)
             if needs_bias:
                 grad_bias = grad_output.flatten(0, -2).sum(dim=0) if grad_output.dim() > 1 else grad_output
-        return grad_x, grad_weight, grad_bias, None, *[None] * len(factors)
+        return grad_x, grad_weight, grad_bias, None, None, None, *[None] * len(factors)
 
 
 def _linear_autograd(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, factors: Factors, core_bits: int = 0
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    factors: Factors,
+    core_bits: int = 0,
+    core_lengths: torch.Tensor | None = None,
+    core_count: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    y, core = apply(_Linear, x, weight, bias, core_bits, *factors)
+    y, core = apply(_Linear, x, weight, bias, core_bits, core_lengths, core_count, *factors)
     return y, core
 
 
 def _linear_autocast(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, factors: Factors, core_bits: int = 0
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    factors: Factors,
+    core_bits: int = 0,
+    core_lengths: torch.Tensor | None = None,
+    core_count: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x, weight, bias = autocast_arguments(x, weight, bias)
     with without_autocast():
-        return linear(x, weight, bias, factors, core_bits)
+        return linear(x, weight, bias, factors, core_bits, core_lengths, core_count)
 
 
 def _check_weight_grad(grad_output: torch.Tensor, core: torch.Tensor, factors: Factors) -> None:
@@ -281,7 +377,8 @@ def _linear_flops(
 
 
 define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor?[] factors, int core_bits=0) -> (Tensor, Tensor)",
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor?[] factors, int core_bits=0, "
+    "Tensor? core_lengths=None, SymInt core_count=0) -> (Tensor, Tensor)",
     reference=_linear_reference,
     fake=_linear_fake,
     autograd=_linear_autograd,
