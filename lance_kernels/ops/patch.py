@@ -18,7 +18,7 @@ import torch
 
 from lance_kernels.ops._checks import accumulation_dtype, check, check_factors, check_floating, check_same
 from lance_kernels.ops._padding import pad_spatial
-from lance_kernels.ops._registry import apply, below_autograd, define, not_differentiable
+from lance_kernels.ops._registry import apply, below_autograd, define, not_differentiable, register_triton
 from lance_kernels.ops.convolution import Geometry, _input_grad, _split_padding, check_geometry, output_size
 from lance_kernels.ops.tucker import Factors, mode_product, mode_product_flops, ranks_of
 
@@ -484,3 +484,4 @@ define(
     autograd=not_differentiable("patch_weight_grad"),
     flops=_weight_grad_flops,
 )
+register_triton("patch_gram_", "patch")

@@ -1,0 +1,38 @@
+"""Runs the patches' kernel under Triton's interpreter against the reference; a program that a test starts."""
+
+from __future__ import annotations
+
+import torch
+
+from lance_kernels.kernels.patch import patch_gram_
+from lance_kernels.ops.patch import _gram_reference
+
+CASES = [
+    ((2, 3, 7), [3], [2], [1], [1], 1, "zeros"),
+    ((3, 4, 6, 5), [3, 2], [1, 2], [1, 0], [1, 1], 2, "zeros"),
+    ((2, 8, 5, 6), [3, 3], [1, 1], [1, 1, 2, 0], [1, 2], 1, "reflect"),
+    ((1, 6, 4, 5, 3), [2, 3, 1], [1, 1, 2], [1, 1, 0], [1, 1, 1], 3, "circular"),
+    ((2, 9, 4, 4), [1, 1], [1, 1], [0, 0], [1, 1], 1, "zeros"),
+    ((0, 2, 5, 5), [3, 3], [1, 1], [0, 0], [1, 1], 1, "zeros"),
+]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for size, kernel, stride, padding, dilation, groups, mode in CASES:
+        for dtype in (torch.float32, torch.float16, torch.float64):
+            wide = torch.randn(size[0], size[1] + 1, *size[2:]).to(dtype)
+            x = wide[:, 1:].transpose(-1, -2).contiguous().transpose(-1, -2) if len(size) > 3 else wide[:, 1:]
+            rows = size[1] // groups * torch.Size(kernel).numel()
+            before = torch.randn(groups, rows, rows, dtype=torch.float64)
+            gram = before.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
+            patch_gram_(gram, x, kernel, stride, padding, dilation, groups, mode)
+            expected = before.clone()
+            _gram_reference(expected, x.double(), kernel, stride, padding, dilation, groups, mode)
+            error = (gram.double() - expected).abs().max() / expected.abs().max()
+            assert error <= 1e-5, (size, kernel, dtype, float(error))
+    print(f"{len(CASES)} cases")
+
+
+if __name__ == "__main__":
+    main()
