@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import lance_kernels as lance
 from tests.models import MODELS, images, with_statistics
 
-# Traces forward and backward, decomposes and partitions as the default backend does, and runs without code generation.
-BACKEND = "aot_eager_decomp_partition"
+# By default one that traces forward and backward, decomposes and partitions as Inductor does, and runs without code
+# generation. LANCE_COMPILE_BACKEND=inductor takes Inductor itself, which compiles for minutes (docs/decisions.md).
+BACKEND = os.environ.get("LANCE_COMPILE_BACKEND", "aot_eager_decomp_partition")
 
 
 @pytest.fixture(autouse=True)
