@@ -14,7 +14,7 @@ from benchmarks.continual.methods import Learner
 from benchmarks.continual.networks import MultiHead
 from benchmarks.continual.tasks import Batch, Task
 from benchmarks.methods.kept import Compression, Layer, keep_less, padding_of
-from lance_kernels.plan import energy_rank
+from lance_kernels._ranks import energy_rank
 
 
 def patches(x: torch.Tensor, layer: Layer) -> torch.Tensor:
