@@ -85,9 +85,9 @@ def _check(
         )
     most = [max(pair) for pair in zip(_spread(stride, dimensions), _spread(dilation, dimensions))]
     check(
-        not transposed or all(extra < size for extra, size in zip(_spread(output_padding, dimensions), most)),
+        all(extra < (size if transposed else 1) for extra, size in zip(_spread(output_padding, dimensions), most)),
         f"lance::{operator}: output_padding is {list(output_padding)}; expected less than stride {list(stride)} or "
-        f"dilation {list(dilation)}",
+        f"dilation {list(dilation)}, and 0 where nothing is transposed",
     )
     channels = weight.shape[0] if transposed else weight.shape[1] * groups if weight.dim() > 1 else -1
     check(
