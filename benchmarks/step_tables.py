@@ -9,6 +9,7 @@ from benchmarks.tables import (
     Table,
     bytes_text,
     environment_text,
+    generic_plot,
     new_figure,
     ratio_text,
     save_figure,
@@ -86,7 +87,10 @@ def tables(rows: list[Row]) -> list[Table]:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Time of a step over plain's against the bytes it holds over plain's, one mark a method and case."""
+    """Time of a step over plain's against the bytes it holds over plain's; operations where nothing was timed."""
+    if all(row.quantity != "step time" for row in rows):
+        generic_plot([row for row in rows if row.quantity == "operations"], path)
+        return
     figure, axes = new_figure(width=9.0, height=5.0)
     ratios = {(row.case, row.method, row.quantity): row.ratio_median for row in rows}
     for method in dict.fromkeys(row.method for row in rows):

@@ -11,10 +11,11 @@ from torch import nn
 from benchmarks import methods
 from benchmarks.methods import Batch, Method
 from benchmarks.methods.steps import measure_steps
-from benchmarks.models import MODELS, frozen_norms, natural_images
+from benchmarks.models import natural_images
 from benchmarks.registry import Context, Suite, register
 from benchmarks.results import Row
 from benchmarks.step_tables import plot, tables
+from benchmarks.suites.memory import prepared
 
 BATCH, SIZE = 4, 224
 # What operations and time of ours over plain's should be at most on ResNet-18, by trained layers.
@@ -72,12 +73,13 @@ def choose_layers(model: nn.Module, layers: str) -> list[str]:
 def case(name: str, layers: str, timed: bool, context: Context) -> list[Row]:
     """Every method on one model, counted only or `timed` too."""
     torch.manual_seed(context.seed)
-    model = frozen_norms(MODELS[name]()).to(context.device)
-    names = choose_layers(model, layers)
     batch, size = (2, 64) if context.quick and name != "DeiT-Tiny" else (2 if context.quick else BATCH, SIZE)
     labels = torch.arange(batch, device=context.device) % 100
     images = [natural_images(batch, size, context.seed + index).to(context.device) for index in range(3)]
     loader: list[Batch] = [(one, labels) for one in images]
+    # Random weights that keep the variance: at others' features fade to rank 1, which any method compresses.
+    model = prepared(name, images[0].cpu(), "frozen").to(context.device)
+    names = choose_layers(model, layers)
     targets = {"operations": OPERATIONS.get(layers), "step time": TIMES.get(layers)}
     chosen = {
         quantity: {"lance": value} for quantity, value in targets.items() if value is not None and name == "ResNet-18"
