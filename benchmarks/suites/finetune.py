@@ -26,7 +26,7 @@ from benchmarks.pretrained import backbone, pretrained
 from benchmarks.registry import Context, Suite, register
 from benchmarks.results import Row, make_rows
 from benchmarks.suites import finetune_tables
-from benchmarks.suites.models import choose_layers
+from benchmarks.suites.models import OPERATIONS, TIMES, choose_layers
 
 PRETRAIN = Recipe(6, 64, 0.05)
 SHORT, LONG, PAPERS = "3 epochs", "15 epochs", "paper's recipe"
@@ -262,12 +262,14 @@ def _gradient_rows(
     return _rows(context, {name: list(cosines.values())}, "gradient cosine", "", {name: found})
 
 
-def steps_case(layers: str, context: Context) -> list[Row]:
-    """Bytes, operations and time of one step, all methods in turns; decomposition and calibration apart."""
+def steps_case(layers: str, timed: bool, context: Context) -> list[Row]:
+    """Bytes and operations of one step and, when `timed`, its time, all methods in turns."""
     work = task(context, layers, SHORT, context.seed)
     chosen = {**CLAIMS, **RIVALS, **FORMS, "checkpointed by block": lambda task: methods.checkpointed()}
     makers = {name: partial(make, work) for name, make in chosen.items()}
-    return measure_steps(context, work.model, work.names, work.loader[:10], makers)
+    targets = {"operations": OPERATIONS[layers], "step time": TIMES[layers]}
+    aims = {quantity: {AT_SHARE: most} for quantity, most in targets.items()}
+    return measure_steps(context, work.model, work.names, work.loader[:10], makers, aims, timed=timed)
 
 
 def _rows(
@@ -295,7 +297,8 @@ def _register() -> None:
     SUITE.case("gradients: all")(partial(gradients_case, "all"))
     SUITE.case("gradients: last4, every method")(rivals_gradients_case)
     for layers in ("last4", "all"):
-        SUITE.case(f"step: {layers}")(partial(steps_case, layers))
+        SUITE.case(f"operations: {layers}")(partial(steps_case, layers, False))
+        SUITE.case(f"step: {layers}")(partial(steps_case, layers, True))
     in_4_bits = {name: make for name, make in RIVALS.items() if name in IN_4_BITS}
     others = {name: make for name, make in RIVALS.items() if name not in IN_4_BITS}
     shares = {name: CLAIMS[name] for name in (PLAIN, AT_SHARE)}

@@ -29,7 +29,7 @@ def tables(rows: list[Row]) -> list[Table]:
     found += [_accuracies(rows, layers, recipe) for layers, recipe in _lanes(rows)]
     found += [_at_published_bytes(rows), _gradients(rows)]
     found = [table for table in found if table.rows]
-    found += step_tables([row for row in rows if row.case.startswith("step: ")])
+    found += step_tables([row for row in rows if row.case.startswith(("operations: ", "step: "))])
     if found:
         found[-1].caption = "\n".join(filter(None, [found[-1].caption, environment_text(rows)]))
     return found
