@@ -1,4 +1,4 @@
-# make test | lint | demo | bench | sanitize | fuzz | aarch64 | gpu | clean: each does its own set-up.
+# make test | lint | demo | demo-continual | bench | sanitize | fuzz | aarch64 | gpu | clean: each does its own set-up.
 #   PYTHON=python3.12   interpreter the virtual environment is made with (3.10 or newer)
 #   VENV=.venv          where it is
 #   PYTEST_ARGS=...     further arguments for pytest
@@ -19,7 +19,7 @@ TORCHVISION := torchvision==0.28.0
 # Test processes; each of them runs PyTorch on one or two threads.
 JOBS ?= 2
 
-.PHONY: all venv build test lint format demo bench sanitize fuzz aarch64 cmake gpu clean
+.PHONY: all venv build test lint format demo demo-continual bench sanitize fuzz aarch64 cmake gpu clean
 
 all: build
 
@@ -60,6 +60,10 @@ format: $(INSTALLED)
 
 demo: build
 	$(PY) -m benchmarks.demo
+
+# Seven ways to learn split digits task by task, one seed.
+demo-continual: build
+	$(PY) -m benchmarks --suite continual --case "split digits: seed 0"
 
 bench: build
 	$(PY) -m benchmarks
