@@ -269,6 +269,13 @@ class NullSpaceLearner:
         self.policy.end_task(self._weights())
         self._remember()
 
+    def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Watches the steps of another optimizer of the same model from now on, and no longer the one before's."""
+        self._check_open()
+        self._step_handle.remove()
+        self.optimizer = optimizer
+        self._step_handle = optimizer.register_step_post_hook(self._after_step)
+
     def capacity(self) -> dict[str, Capacity]:
         """How much of each protected layer's input is used and free, by layer name."""
         return {
