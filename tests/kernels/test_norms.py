@@ -50,8 +50,8 @@ def test_launchers_compile_without_spills(capability):
             quantize_rows.dequantize_rows(codes, steps, 1, x, memory_order(x))
     assert len(compiled) == 2 * 9
     for kernel in compiled:
-        assert kernel.usage()["STACK"] == 0, kernel.name
-        assert kernel.usage()["LOCAL"] == 0, kernel.name
+        assert kernel.usage["STACK"] == 0, kernel.name
+        assert kernel.usage["LOCAL"] == 0, kernel.name
 
 
 def test_elementwise_passes_load_16_bytes():
@@ -59,4 +59,4 @@ def test_elementwise_passes_load_16_bytes():
         for dtype in (torch.float32, torch.bfloat16):
             x, vector = aligned((2, 64, 16, 16), dtype), torch.empty(64)
             batch_norm.batch_norm_frozen_grad(x, None, vector, 1e-5, memory_order(x))
-    assert [max(kernel.load_bytes()) for kernel in compiled] == [16, 16]
+    assert [max(kernel.load_bytes) for kernel in compiled] == [16, 16]
