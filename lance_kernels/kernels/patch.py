@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -133,18 +134,9 @@ def places(x: torch.Tensor, kernel: Sequence[int], geometry: Geometry) -> tuple[
     return tables[0].contiguous(), tables[1].contiguous()
 
 
-def patch_gram_(
-    gram: torch.Tensor,
-    x: torch.Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    padding_mode: str = "zeros",
-) -> None:
+def patch_gram_(gram: torch.Tensor, x: torch.Tensor, kernel: Sequence[int], *numbers: Any) -> None:
     """Launches the kernel behind `lance_kernels.ops.patch_gram_`; float64 takes the reference."""
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    geometry = Geometry(*numbers)
     if torch.float64 in (x.dtype, gram.dtype):
         _gram_reference(gram, x, kernel, *geometry)
         return
@@ -154,14 +146,14 @@ def patch_gram_(
     outer, last = places(x, kernel, geometry)
     positions = outer.shape[1] * last.shape[1]
     tiles = triton.cdiv(gram.shape[1], TILE)
-    patch_gram_kernel[(tiles, tiles, groups)](
+    patch_gram_kernel[(tiles, tiles, geometry.groups)](
         gram,
         x,
         outer,
         last,
         gram.shape[1],
         x.shape[0] * positions,
-        x.shape[1] // groups,
+        x.shape[1] // geometry.groups,
         x.stride(1),
         x.stride(0),
         math.prod(kernel),

@@ -171,46 +171,28 @@ def _check_project(
     return pairs
 
 
-def _project_reference(
-    x: torch.Tensor,
-    factor: torch.Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    padding_mode: str = "zeros",
-) -> torch.Tensor:
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+def _project_reference(x: torch.Tensor, factor: torch.Tensor, kernel: Sequence[int], *numbers: Any) -> torch.Tensor:
+    geometry = Geometry(*numbers)
     pairs = _check_project(x, factor, kernel, geometry)
     wide = accumulation_dtype(x.dtype)
-    filters = _filters(factor.to(wide), x.shape[1] // groups, kernel)
-    inner, outer = _split_padding(pairs, padding_mode)
+    filters = _filters(factor.to(wide), x.shape[1] // geometry.groups, kernel)
+    inner, outer = _split_padding(pairs, geometry.padding_mode)
     core: torch.Tensor = torch.ops.aten.convolution(
-        pad_spatial(x.to(wide), outer, padding_mode),
+        pad_spatial(x.to(wide), outer, geometry.padding_mode),
         filters,
         None,
-        stride,
+        geometry.stride,
         inner,
-        dilation,
+        geometry.dilation,
         False,
         [0] * len(pairs),
-        groups,
+        geometry.groups,
     )
     return core.to(x.dtype).contiguous()
 
 
-def _project_fake(
-    x: torch.Tensor,
-    factor: torch.Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    padding_mode: str = "zeros",
-) -> torch.Tensor:
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+def _project_fake(x: torch.Tensor, factor: torch.Tensor, kernel: Sequence[int], *numbers: Any) -> torch.Tensor:
+    geometry = Geometry(*numbers)
     _check_project(x, factor, kernel, geometry)
     return x.new_empty(core_shape(x.shape, factor.shape, kernel, geometry))
 
@@ -240,18 +222,9 @@ class _Project(torch.autograd.Function):
         return _input_grad(grad, filters, ctx.size, ctx.geometry), None, None, None
 
 
-def _project_autograd(
-    x: torch.Tensor,
-    factor: torch.Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    padding_mode: str = "zeros",
-) -> torch.Tensor:
+def _project_autograd(x: torch.Tensor, factor: torch.Tensor, kernel: Sequence[int], *numbers: Any) -> torch.Tensor:
     check(not factor.requires_grad, "lance::patch_project: factor requires a gradient; expected a fixed one")
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    geometry = Geometry(*numbers)
     core: torch.Tensor = apply(_Project, x, factor, kernel, geometry)
     return core
 
@@ -300,17 +273,8 @@ def patches_of(x: torch.Tensor, kernel: Sequence[int], geometry: Geometry) -> to
     return windows.permute(taps_first).reshape(groups, size, x.shape[0] * windows.shape[2 : 2 + dimensions].numel())
 
 
-def _gram_reference(
-    gram: torch.Tensor,
-    x: torch.Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    padding_mode: str = "zeros",
-) -> None:
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+def _gram_reference(gram: torch.Tensor, x: torch.Tensor, kernel: Sequence[int], *numbers: Any) -> None:
+    geometry = Geometry(*numbers)
     _check_gram(gram, x, kernel, geometry)
     wide = accumulation_dtype(x.dtype)
     total = torch.zeros(gram.shape, dtype=wide, device=gram.device)
@@ -321,17 +285,8 @@ def _gram_reference(
     gram.add_(total)
 
 
-def _gram_fake(
-    gram: torch.Tensor,
-    x: torch.Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    padding_mode: str = "zeros",
-) -> None:
-    _check_gram(gram, x, kernel, Geometry(stride, padding, dilation, groups, padding_mode))
+def _gram_fake(gram: torch.Tensor, x: torch.Tensor, kernel: Sequence[int], *numbers: Any) -> None:
+    _check_gram(gram, x, kernel, Geometry(*numbers))
 
 
 def _gram_autograd(gram: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
@@ -344,18 +299,10 @@ def _gram_autograd(gram: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
 
 
 def _gram_flops(
-    gram_shape: Sequence[int],
-    shape: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    padding_mode: str = "zeros",
-    **kwargs: Any,
+    gram_shape: Sequence[int], shape: Sequence[int], kernel: Sequence[int], *numbers: Any, **kwargs: Any
 ) -> int:
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
-    positions = output_size(shape, [groups, shape[1] // groups, *kernel], geometry)
+    geometry = Geometry(*numbers)
+    positions = output_size(shape, [geometry.groups, shape[1] // geometry.groups, *kernel], geometry)
     return 2 * math.prod(gram_shape) * positions[0] * math.prod(positions[2:])
 
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import conv_flop_count
 from lance_kernels.ops._checks import check, check_factors
 from lance_kernels.ops._registry import apply, autocast_arguments, define, once_differentiable, without_autocast
 from lance_kernels.ops.convolution import Geometry, _input_grad, _product, output_size
+from lance_kernels.ops.linear import restore_core
 from lance_kernels.ops.pack_core import packed_bytes
 from lance_kernels.ops.patch import core_shape
 from lance_kernels.ops.tucker import Factors, mode_product_flops, ranks_of
@@ -137,8 +138,7 @@ class _PatchConvolution(torch.autograd.Function):
             if needs_x:
                 grad_x = _input_grad(grad_output, weight, ctx.input_size, ctx.geometry)
             if needs_weight:
-                if ctx.core_bits:
-                    core = torch.ops.lance.unpack_core(core, ctx.core_size, ctx.core_bits, ctx.dtype)
+                core = restore_core(core, ctx.core_size, ctx.core_bits, None, 0, ctx.dtype)
                 grad_weight = torch.ops.lance.patch_weight_grad(
                     grad_output, core, factor, spatial_factors, ctx.weight_size, ctx.geometry.groups
                 )
@@ -147,56 +147,39 @@ class _PatchConvolution(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None, *[None] * len(spatial_factors)
 
 
-def _reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+def _split(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    factor: torch.Tensor,
-    spatial_factors: Factors,
+    factor: Any,
+    spatial_factors: Sequence[Any],
     core_bits: int = 0,
     padding_mode: str = "zeros",
+) -> tuple[Geometry, int, Any, Sequence[Any]]:
+    """Geometry, bits of the core and factors (their shapes, for FLOPs) from what follows the tensors in a call."""
+    return Geometry(stride, padding, dilation, groups, padding_mode), core_bits, factor, spatial_factors
+
+
+def _reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *numbers: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
-    return _forward(x, weight, bias, geometry, core_bits, factor, spatial_factors)
+    return _forward(x, weight, bias, *_split(*numbers))
 
 
 def _fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    factor: torch.Tensor,
-    spatial_factors: Factors,
-    core_bits: int = 0,
-    padding_mode: str = "zeros",
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *numbers: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    geometry, core_bits, factor, spatial_factors = _split(*numbers)
     y = _convolve(x, weight, bias, geometry, spatial_factors)
     core = patch_core(x, factor, spatial_factors, weight.shape[2:], geometry)
     return y, x.new_empty(packed_bytes(core.shape, core_bits), dtype=torch.uint8) if core_bits else core
 
 
 def _autograd(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    factor: torch.Tensor,
-    spatial_factors: Factors,
-    core_bits: int = 0,
-    padding_mode: str = "zeros",
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *numbers: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    geometry, core_bits, factor, spatial_factors = _split(*numbers)
     y, core = apply(_PatchConvolution, x, weight, bias, geometry, core_bits, factor, *spatial_factors)
     return y, core
 
@@ -214,22 +197,15 @@ def _flops(
     x_shape: Sequence[int],
     weight_shape: Sequence[int],
     bias_shape: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    factor_shape: Sequence[int],
-    spatial_shapes: Sequence[Sequence[int] | None],
-    core_bits: int = 0,
-    padding_mode: str = "zeros",
+    *numbers: Any,
     **kwargs: Any,
 ) -> int:
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    geometry, _, factor_shape, spatial_shapes = _split(*numbers)
     output = output_size(x_shape, weight_shape, geometry)
     product = conv_flop_count(list(x_shape), list(weight_shape), output, transposed=False)
     core = core_shape(x_shape, factor_shape, weight_shape[2:], geometry)
     project = 2 * math.prod(core) * factor_shape[1]
-    return int(product) + project + mode_product_flops(core, [None, None, *ranks_of(spatial_shapes, side=1)])
+    return int(product + project) + mode_product_flops(core, [None, None, *ranks_of(spatial_shapes, side=1)])
 
 
 define(
