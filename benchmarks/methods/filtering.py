@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import avg_pool2d
 
+from benchmarks.methods.interface import UnfitLayerError
 from benchmarks.methods.kept import Compression, Layer
 
 
@@ -27,10 +28,10 @@ class GradientFilter(Compression):
         """The sum over every patch, `(B, C, H / (R s), W / (R s))` rounded up.
 
         Raises:
-            TypeError: the layer is no ungrouped convolution.
+            UnfitLayerError: the layer is no ungrouped convolution.
         """
         if not isinstance(layer, nn.Conv2d) or layer.groups != 1:
-            raise TypeError(f"GradientFilter: layer is {layer}; expected a Conv2d with one group")
+            raise UnfitLayerError(f"GradientFilter: layer is {layer}; expected a Conv2d with one group")
         patch = self._input_patch(layer)
         return [avg_pool2d(x, patch, ceil_mode=True, divisor_override=1)]
 

@@ -14,6 +14,10 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 Prepare = Callable[[nn.Module, Sequence[str], Sequence[Batch]], nn.Module]
 
 
+class UnfitLayerError(TypeError):
+    """A method is not made for a layer of this kind."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to hold less in training.

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 from torch.nn.grad import conv2d_input
 
 import lance_kernels.ops  # noqa: F401 - registers the operators that pack
+from benchmarks.methods.interface import UnfitLayerError
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -140,13 +141,13 @@ def keep_less(
         `model`.
 
     Raises:
-        TypeError: a named module is of another kind.
+        UnfitLayerError: a named module is of another kind.
     """
     kinds: dict[type[nn.Module], type[KeptLayer]] = {nn.Conv2d: KeptConv2d, nn.Linear: KeptLinear}
     for name in names:
         module = model.get_submodule(name)
         if type(module) not in kinds or getattr(module, "padding_mode", "zeros") != "zeros":
-            raise TypeError(f"keep_less: {name} is {module}; expected a Conv2d with zero padding or a Linear")
+            raise UnfitLayerError(f"keep_less: {name} is {module}; expected a Conv2d with zero padding or a Linear")
         compression = make(name, module)
         module.__class__ = kinds[type(module)]
         module.compression, module.bits, module.kept_bytes, module.seconds = compression, bits, 0, 0.0

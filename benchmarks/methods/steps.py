@@ -13,11 +13,11 @@ from torch import nn
 
 import lance_kernels as lance
 from benchmarks.finetune import loss_of, step
-from benchmarks.methods.interface import Batch, Method
+from benchmarks.methods.interface import Batch, Method, UnfitLayerError
 from benchmarks.methods.kept import kept_layers
 from benchmarks.methods.measure import counted_bytes, dense_bytes, factor_bytes, flops
 from benchmarks.registry import Context
-from benchmarks.results import Row, make_rows
+from benchmarks.results import Row
 from benchmarks.timing import interleave
 
 PLAIN = "plain"
@@ -72,7 +72,7 @@ def measure_steps(
             changed = make().apply(model, names, loader)
             seconds = time.perf_counter() - start
             found = flops(changed, loader[0])
-        except TypeError:
+        except UnfitLayerError:
             continue
         tables["operations"][name] = [float(sum(found.values()))]
         details[name] = dict(found)
@@ -90,12 +90,9 @@ def measure_steps(
     for entry in details.values():
         entry["decomposition"] = max(0, entry["forward"] - details[PLAIN]["forward"])
         entry["dense_bytes"] = dense_bytes(model, names, loader[0])
-    make_all = partial(
-        make_rows, context.suite, context.case, environment=context.environment, quick=context.quick, seed=context.seed
-    )
     rows: list[Row] = []
     for quantity, samples in tables.items():
-        rows += make_all(
+        rows += context.rows(
             samples,
             quantity=quantity,
             unit=UNITS[quantity],
@@ -106,8 +103,8 @@ def measure_steps(
     if not timed:
         return rows
     times, apart = _times(context, prepared, loader[0])
-    rows += make_all(times, quantity="step time", baseline=PLAIN, targets=(targets or {}).get("step time"))
-    return rows + make_all({name: [value] for name, value in apart.items()}, quantity="decomposition in a step")
+    rows += context.rows(times, quantity="step time", baseline=PLAIN, targets=(targets or {}).get("step time"))
+    return rows + context.rows({name: [value] for name, value in apart.items()}, quantity="decomposition in a step")
 
 
 def _times(
