@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 
-def paired_interval(
-    first: Sequence[float], second: Sequence[float], confidence: float = 0.95
-) -> tuple[float, float, float]:
+class Interval(NamedTuple):
+    """Mean of paired differences and its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if self.high == float("inf"):
+            return f"{self.mean:+.2f} (one seed)"
+        return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+
+
+def paired_interval(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Interval:
     """Mean of `first - second` over pairs, and its two-sided confidence interval by Student's t.
 
     Args:
@@ -30,6 +42,6 @@ def paired_interval(
     differences = np.subtract(first, second)
     mean, count = float(differences.mean()), len(differences)
     if count == 1:
-        return mean, -np.inf, np.inf
+        return Interval(mean, -np.inf, np.inf)
     half = float(t.ppf((1 + confidence) / 2, count - 1) * differences.std(ddof=1) / np.sqrt(count))
-    return mean, mean - half, mean + half
+    return Interval(mean, mean - half, mean + half)

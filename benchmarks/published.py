@@ -24,10 +24,20 @@ def project(x: torch.Tensor, factors: Sequence[torch.Tensor]) -> torch.Tensor:
     Returns:
         `(B, rank_1, ..., rank_{N-1})`.
     """
-    core = x.clone()
+    return contract(x.clone(), factors, 1)
+
+
+def contract(x: torch.Tensor, factors: Sequence[torch.Tensor], first: int) -> torch.Tensor:
+    """One `tensordot` a factor, with the modes of `x` from `first` on in turn.
+
+    Args:
+        x: `(size_0, ..., size_{N-1})`.
+        factors: `(size_n, rank_n)` for every mode from `first` on.
+        first: 0 or 1, the number of modes that are kept.
+    """
     for factor in factors:
-        core = torch.tensordot(core, factor, dims=([1], [0]))  # the contracted mode moves to the end
-    return core
+        x = torch.tensordot(x, factor, dims=([first], [0]))  # the contracted mode moves to the end
+    return x
 
 
 def convolution_weight_grad(

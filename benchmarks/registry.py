@@ -6,9 +6,10 @@ import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.environment import Environment
-from benchmarks.results import Row
+from benchmarks.results import Row, make_rows
 from benchmarks.tables import Table, generic_plot, generic_tables
 from benchmarks.timing import QUICK, Effort
 
@@ -41,6 +42,16 @@ class Context:
     def effort(self) -> Effort:
         """How long to measure."""
         return QUICK if self.quick else Effort()
+
+    def rows(self, samples: dict[str, list[float]], **settings: Any) -> list[Row]:
+        """`make_rows` for this case: one row a method, with the context's seed unless `seed` is given.
+
+        Args:
+            samples: for each method one value a repeat.
+            **settings: further arguments of `make_rows`.
+        """
+        common = {"environment": self.environment, "quick": self.quick, "seed": self.seed}
+        return make_rows(self.suite, self.case, samples, **{**common, **settings})
 
 
 Measure = Callable[[Context], list[Row]]

@@ -14,6 +14,7 @@ from benchmarks.continual.methods import Learner
 from benchmarks.continual.networks import MultiHead
 from benchmarks.continual.tasks import Batch, Task
 from benchmarks.methods.kept import Compression, Layer, keep_less, padding_of
+from benchmarks.published import contract
 from lance_kernels._ranks import energy_rank
 
 
@@ -167,10 +168,7 @@ class PatchCore(Compression):
         """The core `(r_0, r_1, r_2)` of the patches, or `x`."""
         if not self.factors:
             return [x]
-        core = patches(x, layer)
-        for factor in self.factors:
-            core = torch.tensordot(core, factor, dims=([0], [0]))  # the contracted mode moves to the end
-        return [core]
+        return [contract(patches(x, layer), self.factors, 0)]
 
     def weight_grad(
         self, kept: Sequence[torch.Tensor], grad_output: torch.Tensor, size: torch.Size, layer: Layer

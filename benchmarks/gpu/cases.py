@@ -13,7 +13,7 @@ from benchmarks.gpu.device import copies_for, measure
 from benchmarks.gpu.shapes import DeviceTensors
 from benchmarks.layers import Convolution, Layer, Linear
 from benchmarks.registry import Context, Suite
-from benchmarks.results import Row, make_rows
+from benchmarks.results import Row
 from lance_kernels import ops
 
 OURS, DENSE, PUBLISHED, COMPILED = "lance", "dense", "published", "published, compiled"
@@ -37,28 +37,21 @@ def _time(
     """Rows of times; `share` is the least part of a method's time that the floor may be."""
     rounds, seconds = (3, 0.0) if context.quick else (40, 3.0)
     samples = measure(methods, copies, context.device, rounds=rounds, seconds=seconds, seed=context.seed)
-    common = {"environment": context.environment, "quick": context.quick, "seed": context.seed}
-    rows = make_rows(
-        context.suite,
-        context.case,
+    rows = context.rows(
         samples,
         baseline=baseline,
         targets=targets,
         details={name: {"copies": len(copies)} for name in samples},
-        **common,
     )
     if floor is None or share is None:
         return rows
     over = {OURS: [value / floor for value in samples[OURS]]}
-    return rows + make_rows(
-        context.suite,
-        context.case,
+    return rows + context.rows(
         over,
         quantity="time over floor",
         unit="",
         targets={OURS: 1 / share},
         details={OURS: {"floor": floor}},
-        **common,
     )
 
 
@@ -95,15 +88,7 @@ def products(context: Context) -> list[Row]:
 
 
 def _rates(context: Context, values: dict[str, list[float]], quantity: str, unit: str) -> list[Row]:
-    return make_rows(
-        context.suite,
-        context.case,
-        values,
-        environment=context.environment,
-        quick=context.quick,
-        quantity=quantity,
-        unit=unit,
-    )
+    return context.rows(values, quantity=quantity, unit=unit, seed=None)
 
 
 def projection(layer: Layer, share: float, channels_last: bool, context: Context) -> list[Row]:
@@ -199,15 +184,8 @@ def accuracy(layer: Layer, context: Context) -> list[Row]:
     ):
         error, other = ((result.double() - exact).norm() for result in (ours, unfused))
         values[name] = [float(error / other)]
-    return make_rows(
-        context.suite,
-        context.case,
-        values,
-        environment=context.environment,
-        quick=context.quick,
-        quantity="error over unfused PyTorch's",
-        unit="",
-        targets=dict.fromkeys(values, 1.5),
+    return context.rows(
+        values, quantity="error over unfused PyTorch's", unit="", targets=dict.fromkeys(values, 1.5), seed=None
     )
 
 

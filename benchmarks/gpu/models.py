@@ -15,7 +15,7 @@ from benchmarks.gpu.cases import BF16, OURS, SUITE
 from benchmarks.gpu.device import measure
 from benchmarks.models import Classifier, frozen_norms, natural_images, resnet50
 from benchmarks.registry import Context
-from benchmarks.results import Row, make_rows
+from benchmarks.results import Row
 from benchmarks.suites.cpu_models import training_step
 
 PLAIN, FORWARD = "plain", "forward pass"
@@ -59,7 +59,9 @@ def calibration(batch: int, target: float, context: Context) -> list[Row]:
 
     with torch.autocast(context.device, BF16):
         lance.calibrate(model, loader(), max_batches=None, progress=False)
-    return _rows(context, {name: values[1:] for name, values in samples.items()}, FORWARD, {OURS: target})
+    return context.rows(
+        {name: values[1:] for name, values in samples.items()}, baseline=FORWARD, targets={OURS: target}
+    )
 
 
 def model_step(
@@ -81,27 +83,12 @@ def model_step(
     rounds = 3 if context.quick else 15
     samples = measure(runs, [None], context.device, rounds=rounds, seconds=20.0, graphs=False)
     targets = {OURS: target, f"{OURS}, companions exact": companion_target}
-    return _rows(context, samples, PLAIN, targets)
+    return context.rows(samples, baseline=PLAIN, targets=targets)
 
 
 def _autocast_step(device: str, run: Callable[[], None], _: None) -> None:
     with torch.autocast(device, BF16):
         run()
-
-
-def _rows(
-    context: Context, samples: dict[str, list[float]], baseline: str, targets: dict[str, float | None]
-) -> list[Row]:
-    return make_rows(
-        context.suite,
-        context.case,
-        samples,
-        environment=context.environment,
-        quick=context.quick,
-        seed=context.seed,
-        baseline=baseline,
-        targets=targets,
-    )
 
 
 def _register() -> None:

@@ -56,10 +56,7 @@ class Fixed(Tucker):
 
     def keep(self, x: torch.Tensor, layer: Layer) -> list[torch.Tensor]:
         """The core."""
-        core = x.clone()
-        for factor in self.factors:
-            core = torch.tensordot(core, factor, dims=([0], [0]))  # the contracted mode moves to the end
-        return [core]
+        return [published.contract(x.clone(), self.factors, 0)]
 
     def weight_grad(
         self, kept: Sequence[torch.Tensor], grad_output: torch.Tensor, size: torch.Size, layer: Layer

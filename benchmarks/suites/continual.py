@@ -23,7 +23,7 @@ from benchmarks.continual.training import Make, Run, Setting, held_by, test
 from benchmarks.data import Images, load
 from benchmarks.finetune import Recipe
 from benchmarks.registry import Context, Suite, register
-from benchmarks.results import Row, make_rows
+from benchmarks.results import Row
 from benchmarks.suites import continual_tables
 from benchmarks.suites.continual_tables import ENERGIES, GPM, OURS, at_energy
 from benchmarks.timing import interleave
@@ -253,12 +253,8 @@ def _rows(
     baseline: str | None = None,
     details: dict[str, dict] | None = None,
 ) -> list[Row]:
-    return make_rows(
-        context.suite,
-        context.case,
+    return context.rows(
         samples,
-        environment=context.environment,
-        quick=context.quick,
         quantity=quantity,
         unit=unit,
         seed=seed,

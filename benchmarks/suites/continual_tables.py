@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from benchmarks.intervals import paired_interval
+from benchmarks.intervals import Interval, paired_interval
 from benchmarks.results import Row
 from benchmarks.tables import (
     Table,
@@ -39,19 +39,6 @@ LEAST_ACCURACY, MOST_MEMORY, LEAST_NEW = -1.0, 0.9, -2.0
 PLOTTED = (PLAIN, "EWC", "replay", "published LANCE", at_energy(GPM, 0.97), HEADLINE)
 
 
-class Interval(NamedTuple):
-    """Mean of paired differences and its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        if self.high == float("inf"):
-            return f"{self.mean:+.2f} (one seed)"
-        return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
-
-
 class _Experiment:
     """The rows of one sequence of tasks: by quantity and method one value a seed, seeds in order."""
 
@@ -76,7 +63,7 @@ class _Experiment:
 
     def minus(self, quantity: str, one: str, other: str) -> Interval:
         """Difference of two methods over seeds."""
-        return Interval(*paired_interval(self.values(quantity, one), self.values(quantity, other)))
+        return paired_interval(self.values(quantity, one), self.values(quantity, other))
 
     def ratio(self, quantity: str, method: str, other: str) -> float:
         """Largest ratio of any seed."""
@@ -93,7 +80,7 @@ class _Experiment:
             at = self.by_seed[MEMORY, at_energy(OURS, energy), seed].median
             curve.append(float(np.interp(np.log(at), np.log([p[0] for p in points]), [p[1] for p in points])))
             ours.append(self.by_seed[quantity, at_energy(OURS, energy), seed].median)
-        return Interval(*paired_interval(ours, curve))
+        return paired_interval(ours, curve)
 
     def claims(self) -> Table:
         """What was to be shown, at every energy."""

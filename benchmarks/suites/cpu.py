@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.layers import CONV_64, CONV_256, CONV_512, LAYERS, LINEAR_192, LINEAR_768, Layer, Linear, Tensors
 from benchmarks.registry import Context, Suite, register
-from benchmarks.results import Row, make_rows
+from benchmarks.results import Row
 from benchmarks.suites import cpu_tables
 from benchmarks.timing import Effort, Method, interleave
 from lance_kernels import ops
@@ -83,13 +83,8 @@ def against_published(layer: Layer, context: Context) -> list[Row]:
 def _compare(
     context: Context, methods: Mapping[str, Method], baseline: str, targets: dict[str, float | None]
 ) -> list[Row]:
-    return make_rows(
-        context.suite,
-        context.case,
+    return context.rows(
         interleave(methods, context.effort, seed=context.seed),
-        environment=context.environment,
-        quick=context.quick,
-        seed=context.seed,
         baseline=baseline,
         targets=targets,
     )
@@ -112,15 +107,10 @@ def growth(kernel: str, layer: Layer, context: Context) -> list[Row]:
     samples = interleave(methods, effort, seed=context.seed)
     seconds = np.array([samples[str(multiple)] for multiple in multiples])  # (sizes, rounds)
     slopes = np.polyfit(np.log(elements), np.log(seconds), 1)[0]
-    return make_rows(
-        context.suite,
-        context.case,
+    return context.rows(
         {OURS: slopes.tolist()},
-        environment=context.environment,
-        quick=context.quick,
         quantity="slope",
         unit="",
-        seed=context.seed,
         targets={OURS: None if kernel == FILL else GROWTH_TARGET},
         details={OURS: {"elements": elements, "seconds": np.median(seconds, axis=1).tolist()}},
     )

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import lance_kernels as lance
 from benchmarks.models import MODELS, frozen_norms, natural_images
 from benchmarks.registry import Context
-from benchmarks.results import Row, make_rows
+from benchmarks.results import Row
 from benchmarks.suites.cpu import OURS, PLAIN, SUITE
 from benchmarks.timing import Effort, interleave
 
@@ -52,13 +52,8 @@ def model_step(name: str, context: Context) -> list[Row]:
             "held_bytes": report.held_bytes,
         }
     effort = context.effort if context.quick else Effort(seconds=90.0, least_rounds=7, most_rounds=15, shortest=0.0)
-    return make_rows(
-        context.suite,
-        context.case,
+    return context.rows(
         interleave(methods, effort, seed=context.seed),
-        environment=context.environment,
-        quick=context.quick,
-        seed=context.seed,
         baseline=PLAIN,
         targets={OURS: STEP_TARGETS[name]},
         details=details,
@@ -93,22 +88,12 @@ def calibration(name: str, context: Context) -> list[Row]:
 
     lance.calibrate(model, loader(), max_batches=None, progress=False)
     decomposition = time.perf_counter() - end
-    return make_rows(
-        context.suite,
-        context.case,
+    return context.rows(
         {method: values[1:] for method, values in samples.items()},  # the first round warms up
-        environment=context.environment,
-        quick=context.quick,
-        seed=context.seed,
         baseline=FORWARD,
         targets={OURS: CALIBRATION_TARGET},
-    ) + make_rows(
-        context.suite,
-        context.case,
+    ) + context.rows(
         {"lance, eigenvectors, once": [decomposition]},
-        environment=context.environment,
-        quick=context.quick,
-        seed=context.seed,
     )
 
 

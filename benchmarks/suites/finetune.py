@@ -24,7 +24,7 @@ from benchmarks.methods.steps import measure_steps
 from benchmarks.network import freeze_for_fine_tuning, restart_head, train_mode
 from benchmarks.pretrained import backbone, pretrained
 from benchmarks.registry import Context, Suite, register
-from benchmarks.results import Row, make_rows
+from benchmarks.results import Row
 from benchmarks.suites import finetune_tables
 from benchmarks.suites.models import OPERATIONS, TIMES, choose_layers
 
@@ -207,7 +207,9 @@ def accuracy_case(layers: str, recipe: str, name: str, make: Make, seeds: int, c
         "counted_bytes": [outcome.counted for outcome in outcomes],
         "dense_bytes": outcomes[0].dense,
     }
-    return _rows(context, {name: [o.curve[-1] for o in outcomes]}, "test accuracy", "%", {name: details})
+    return context.rows(
+        {name: [o.curve[-1] for o in outcomes]}, quantity="test accuracy", unit="%", details={name: details}
+    )
 
 
 def gradients_case(layers: str, context: Context) -> list[Row]:
@@ -259,7 +261,7 @@ def _gradient_rows(
         "cosines": cosines,
         "relative_errors": relative,
     }
-    return _rows(context, {name: list(cosines.values())}, "gradient cosine", "", {name: found})
+    return context.rows({name: list(cosines.values())}, quantity="gradient cosine", unit="", details={name: found})
 
 
 def steps_case(layers: str, timed: bool, context: Context) -> list[Row]:
@@ -270,22 +272,6 @@ def steps_case(layers: str, timed: bool, context: Context) -> list[Row]:
     targets = {"operations": OPERATIONS[layers], "step time": TIMES[layers]}
     aims = {quantity: {AT_SHARE: most} for quantity, most in targets.items()}
     return measure_steps(context, work.model, work.names, work.loader[:10], makers, aims, timed=timed)
-
-
-def _rows(
-    context: Context, samples: dict[str, list[float]], quantity: str, unit: str, details: dict[str, dict]
-) -> list[Row]:
-    return make_rows(
-        context.suite,
-        context.case,
-        samples,
-        environment=context.environment,
-        quick=context.quick,
-        quantity=quantity,
-        unit=unit,
-        seed=context.seed,
-        details=details,
-    )
 
 
 def _register() -> None:

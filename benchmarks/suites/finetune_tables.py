@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarks.intervals import paired_interval
+from benchmarks.intervals import Interval, paired_interval
 from benchmarks.results import Row
 from benchmarks.step_tables import step_tables
 from benchmarks.tables import Table, bytes_text, environment_text, new_figure, save_figure, significant
@@ -52,24 +52,11 @@ def _last(row: Row) -> list[float]:
     return [curve[-1] for curve in row.details["curves"]]
 
 
-class Difference(NamedTuple):
-    """Mean of paired differences and its 95% interval."""
-
-    mean: float
-    lower: float
-    upper: float
-
-    def __str__(self) -> str:
-        if self.upper == float("inf"):
-            return f"{self.mean:+.2f} (one seed)"
-        return f"{self.mean:+.2f} ({self.lower:+.2f} to {self.upper:+.2f})"
-
-
-def _minus(one: Row, other: Row) -> Difference:
+def _minus(one: Row, other: Row) -> Interval:
     """Difference over the seeds that both have."""
     seeds = [seed for seed in one.details["seeds"] if seed in other.details["seeds"]]
     values = [dict(zip(row.details["seeds"], _last(row))) for row in (one, other)]
-    return Difference(*paired_interval(*[[found[seed] for seed in seeds] for found in values]))
+    return paired_interval(*[[found[seed] for seed in seeds] for found in values])
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -110,7 +97,7 @@ def _claims(rows: list[Row]) -> Table:
             f"accuracy of ours minus the published form's, last four layers, at its bytes ({_ratio(lane[PUBLISHED])})",
             str(difference),
             "lower bound +3",
-            difference.lower >= 3 and fits,
+            difference.low >= 3 and fits,
         )
     for layers, recipe, mean, lower in AGAINST_PLAIN:
         lane = _accuracy_rows(rows, layers, recipe)
@@ -120,7 +107,7 @@ def _claims(rows: list[Row]) -> Table:
                 f"accuracy of ours minus plain's, {layers}, {recipe}, {_ratio(lane[AT_SHARE])}",
                 str(difference),
                 f"mean {mean:g}, lower bound {lower:g}",
-                difference.mean >= mean and difference.lower >= lower,
+                difference.mean >= mean and difference.low >= lower,
             )
     _claim_rivals(rows, add)
     return table

@@ -17,7 +17,7 @@ from benchmarks.data import load
 from benchmarks.methods.recompute import checkpoint_blocks, compile_with_budget
 from benchmarks.models import MODELS, Classifier, frozen_norms, natural_images
 from benchmarks.registry import Context, Suite, register
-from benchmarks.results import Row, make_rows
+from benchmarks.results import Row
 from benchmarks.suites.memory_tables import plot, tables
 
 PLAIN = "plain"
@@ -162,7 +162,7 @@ def held_case(name: str, norms: str, forms: dict[str, Form], context: Context) -
             details[method]["counted_bytes"] = counted
             if method == OURS and norms == "frozen":
                 above[method] = held[method] / implied_bytes(model, images, counted)
-    make = partial(make_rows, context.suite, context.case, environment=context.environment, quick=context.quick)
+    make = partial(context.rows, seed=None)
     rows = make(
         {method: [value] for method, value in held.items()},
         quantity="held bytes",

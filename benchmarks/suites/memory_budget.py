@@ -11,7 +11,7 @@ import torch
 import lance_kernels as lance
 from benchmarks.finetune import loss_of
 from benchmarks.registry import Context
-from benchmarks.results import Row, make_rows
+from benchmarks.results import Row
 from benchmarks.suites.memory import BATCH, PLAIN, SUITE, images_for, prepared
 from benchmarks.suites.memory_curve import dense_bytes
 
@@ -56,18 +56,10 @@ def least_budget(name: str, context: Context) -> list[Row]:
             low = middle
     if best is None:
         raise RuntimeError(f"{name}: no plan fits into the bytes of its own inputs")
-    make = partial(
-        make_rows,
-        context.suite,
-        context.case,
-        environment=context.environment,
-        quick=context.quick,
-        seed=context.seed,
-    )
     held = {PLAIN: [float(lance.held_bytes(start, images, loss))], PLANNED: [float(best.held_bytes)]}
     details = {PLANNED: {"share": math.exp(high), "counted_bytes": best.counted_bytes}}
-    rows = make(held, quantity="held bytes", unit="B", baseline=PLAIN, details=details)
-    return rows + make({PLANNED: [float(best.gradient_cosine or 1.0)]}, quantity="gradient cosine", unit="")
+    rows = context.rows(held, quantity="held bytes", unit="B", baseline=PLAIN, details=details)
+    return rows + context.rows({PLANNED: [float(best.gradient_cosine or 1.0)]}, quantity="gradient cosine", unit="")
 
 
 for _name in ("ResNet-18", "MobileNetV2", "ResNet-50"):

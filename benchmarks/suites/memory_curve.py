@@ -18,7 +18,7 @@ from benchmarks.finetune import Recipe, batches, loss_of
 from benchmarks.network import freeze_for_fine_tuning, train_mode
 from benchmarks.pretrained import pretrained
 from benchmarks.registry import Context
-from benchmarks.results import Row, make_rows
+from benchmarks.results import Row
 from benchmarks.suites.memory import SUITE
 from lance_kernels.ops.pack_core import packed_bytes
 
@@ -170,15 +170,10 @@ def prediction(context: Context) -> list[Row]:
 
 
 def _rows(context: Context, samples: dict[str, list[float]], quantity: str, details: dict[str, Any]) -> list[Row]:
-    return make_rows(
-        context.suite,
-        context.case,
+    return context.rows(
         samples,
-        environment=context.environment,
-        quick=context.quick,
         quantity=quantity,
         unit="",
-        seed=context.seed,
         details=details,
     )
 

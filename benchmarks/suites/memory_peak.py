@@ -17,7 +17,7 @@ import lance_kernels as lance
 from benchmarks import environment
 from benchmarks.models import natural_images
 from benchmarks.registry import Context
-from benchmarks.results import Row, make_rows
+from benchmarks.results import Row
 from benchmarks.suites.memory import PLAIN, SIZE, SUITE, checkpoint_blocks, prepared
 
 BATCH = 64
@@ -64,17 +64,14 @@ def peak_case(name: str, settings: dict[str, str], context: Context) -> list[Row
             command, capture_output=True, text=True, check=True, cwd=environment.ROOT, env=variables
         )
         samples[method] = [float(json.loads(answer.stdout.splitlines()[-1])["above"])]
-    return make_rows(
-        context.suite,
-        context.case,
+    return context.rows(
         samples,
-        environment=context.environment,
-        quick=context.quick,
         quantity="peak bytes",
         unit="B",
         baseline=PLAIN,
         targets={"lance, default": 1 / LEAST[name]},
         details={method: {"allocator": settings} for method in samples},
+        seed=None,
     )
 
 

@@ -16,7 +16,7 @@ from benchmarks.intervals import paired_interval
 from benchmarks.models import Classifier, frozen_norms
 from benchmarks.network import ResidualNetwork
 from benchmarks.registry import Context
-from benchmarks.results import Row, make_rows
+from benchmarks.results import Row
 from benchmarks.suites.cpu_models import training_step
 from benchmarks.suites.memory import BATCH, DEFAULT, PLAIN, SIZE, SUITE, images_for, prepared
 from benchmarks.timing import Effort, interleave
@@ -95,15 +95,10 @@ def accuracy(name: str, context: Context) -> list[Row]:
         details[method] = {"difference": mean, "low": low, "high": high, "least": LEAST_POINTS}
     for method in found:
         details.setdefault(method, {})["by_seed"] = found[method]
-    return make_rows(
-        context.suite,
-        context.case,
+    return context.rows(
         found,
-        environment=context.environment,
-        quick=context.quick,
         quantity="test accuracy",
         unit="%",
-        seed=context.seed,
         details=details,
     )
 
@@ -121,16 +116,8 @@ def step(name: str, context: Context) -> list[Row]:
         methods[method] = training_step(frozen_norms(model), images, labels)
     effort = context.effort if context.quick else Effort(seconds=120.0, least_rounds=9, most_rounds=21, shortest=0.0)
     samples = interleave(methods, effort, seed=context.seed)
-    make = partial(
-        make_rows,
-        context.suite,
-        context.case,
-        environment=context.environment,
-        quick=context.quick,
-        seed=context.seed,
-    )
-    rows = make(samples, baseline=PLAIN, targets={DEFAULT: 0.9, FLOATS: 0.9})
-    packing = make(
+    rows = context.rows(samples, baseline=PLAIN, targets={DEFAULT: 0.9, FLOATS: 0.9})
+    packing = context.rows(
         {method: samples[method] for method in (FLOATS, DEFAULT)},
         quantity="time over 32-bit cores",
         baseline=FLOATS,

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.layers import CONV_64, CONV_512, LINEAR_192, Convolution, Linear, orthonormal
 from benchmarks.methods.measure import DECOMPOSITIONS
 from benchmarks.registry import Context, Suite, register
-from benchmarks.results import Row, make_rows
+from benchmarks.results import Row
 from benchmarks.suites.ops_tables import plot, tables
 from benchmarks.timing import Effort, Method, interleave
 from lance_kernels import ops
@@ -228,12 +228,9 @@ def case(make: Callable[[int, int], Call], slope: bool, context: Context) -> lis
         max(largest.touched / copied * copy, operations / multiplied * product)
         for copy, product in zip(samples[COPY], samples[PRODUCT])
     ]
-    make_all = partial(
-        make_rows, context.suite, context.case, environment=context.environment, quick=context.quick, seed=context.seed
-    )
     ours = samples[str(multiples[-1])]
-    rows = make_all({NAIVE: samples[NAIVE], OURS: ours}, baseline=NAIVE)
-    rows += make_all(
+    rows = context.rows({NAIVE: samples[NAIVE], OURS: ours}, baseline=NAIVE)
+    rows += context.rows(
         {FLOOR: floors, OURS: ours},
         quantity="time over floor",
         baseline=FLOOR,
@@ -243,7 +240,7 @@ def case(make: Callable[[int, int], Call], slope: bool, context: Context) -> lis
     seconds = np.array([samples[str(multiple)] for multiple in multiples])
     found = np.polyfit(np.log(elements), np.log(seconds), 1)[0].tolist()
     detail = {"elements": elements, "seconds": np.median(seconds, axis=1).tolist()}
-    return rows + make_all(
+    return rows + context.rows(
         {OURS: found}, quantity="slope", unit="", targets={OURS: SLOPE if slope else None}, details={OURS: detail}
     )
 
