@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,12 +22,11 @@ import lance_kernels as lance
 from benchmarks import environment, readme
 from benchmarks.data import DataError, Images, load
 from benchmarks.demo_tables import SUITE
-from benchmarks.finetune import Recipe, batches, loss_of, step, train
+from benchmarks.finetune import Recipe, batches, counted_bytes, loss_of, step, train
 from benchmarks.network import ResidualNetwork, freeze_for_fine_tuning, train_mode
 from benchmarks.results import Row, make_rows
 from benchmarks.runner import existing, publish
 from benchmarks.timing import QUICK, Effort, interleave
-from lance_kernels.ops.pack_core import packed_bytes
 
 PLAIN, PUBLISHED, OURS, OURS_SMALL = "plain", "published", "lance", "lance, lower energy"
 FALLING_ENERGIES = (0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -162,11 +160,7 @@ def _within(
     calibration = _compress(model, config, data, settings, seed)
     for energy in FALLING_ENERGIES:
         config = replace(config, energy=energy)
-        total = 0
-        for name, ranks in calibration.apply(model, config).items():
-            core = [size if rank is None else rank for size, rank in zip(calibration.layers[name].size, ranks)]
-            total += packed_bytes(core, config.core_bits) if config.core_bits else 4 * math.prod(core)
-        if total <= most_bytes:
+        if counted_bytes(calibration, calibration.apply(model, config), config.core_bits) <= most_bytes:
             break
     return config
 

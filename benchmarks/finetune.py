@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+import lance_kernels as lance
 from benchmarks.data import Images, Split
 from benchmarks.network import train_mode
+from lance_kernels.ops.pack_core import core_bytes
 
 
 @dataclass(frozen=True)
@@ -99,3 +101,12 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tenso
 def loss_of(labels: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """Cross-entropy with fixed labels, as a function of the network's output."""
     return lambda output: cross_entropy(output, labels)
+
+
+def counted_bytes(calibration: lance.Calibration, ranks: dict[str, list[int | None]], bits: int | None) -> int:
+    """Bytes of the cores of one batch of the calibration's size."""
+    total = 0
+    for name, chosen in ranks.items():
+        core = [size if rank is None else rank for size, rank in zip(calibration.layers[name].size, chosen)]
+        total += core_bytes(core, bits, 4)
+    return total

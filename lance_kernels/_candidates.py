@@ -13,7 +13,7 @@ import torch
 
 from lance_kernels._ranks import ROUNDING, choose_ranks, cosine_kept, cosine_selected, limited, rule_for
 from lance_kernels.config import LanceConfig
-from lance_kernels.ops.pack_core import packed_bytes
+from lance_kernels.ops.pack_core import core_bytes
 from lance_kernels.ops.tucker import mode_product_flops
 
 if TYPE_CHECKING:
@@ -67,10 +67,6 @@ class Candidate(ABC):
 
     def __init__(self, name: str, size: Sequence[int], itemsize: int, bits: Sequence[int | None], weight: int) -> None:
         self.name, self.size, self.itemsize, self.bits, self.weight = name, list(size), itemsize, tuple(bits), weight
-
-    def bytes_of(self, kept: Sequence[int], width: int | None) -> int:
-        """Bytes of what is kept, of that shape before packing."""
-        return math.prod(kept) * self.itemsize if width is None else packed_bytes(kept, width)
 
     @abstractmethod
     def core_bytes(self, choice: Choice) -> int:
@@ -137,7 +133,7 @@ class RankCandidate(Candidate):
 
     def core_bytes(self, choice: Choice) -> int:
         """Bytes of a core of these ranks."""
-        return self.bytes_of(*choice)
+        return core_bytes(*choice, self.itemsize)
 
     def error(self, choice: Choice) -> float:
         """What the modes and the rounding lose together."""
@@ -169,7 +165,7 @@ class RankCandidate(Candidate):
         allowed, most = self.allowed[mode], list(ranks)
         most[mode] = int(allowed[-1])
         # Bytes are all but linear in one rank.
-        each = self.bytes_of(most, width) / most[mode]
+        each = core_bytes(most, width, self.itemsize) / most[mode]
         others = self.weight * math.prod(
             float(self.kept[other][rank]) for other, rank in enumerate(ranks) if other != mode
         )
@@ -212,7 +208,7 @@ class SelectionCandidate(Candidate):
 
     def core_bytes(self, choice: Choice) -> int:
         """Bytes of that many values a sample."""
-        return self.bytes_of((self.size[0], choice[0]), choice[1])
+        return core_bytes((self.size[0], choice[0]), choice[1], self.itemsize)
 
     def error(self, choice: Choice) -> float:
         """What the lost energy and the rounding lose together."""
@@ -228,7 +224,7 @@ class SelectionCandidate(Candidate):
         found: list[tuple[float, Choice]] = []
         for width in self.bits:
             # Bytes are all but linear in the count.
-            each = self.bytes_of((self.size[0], int(self.counts[-1])), width) / self.counts[-1]
+            each = core_bytes((self.size[0], int(self.counts[-1])), width, self.itemsize) / self.counts[-1]
             cost = self.weight * (1 - self.kept * (1 - ROUNDING[width])) + price * each * self.counts
             at = int(cost.argmin())
             found.append((float(cost[at]), (int(self.counts[at]), width)))

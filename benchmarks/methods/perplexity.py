@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.methods.tucker import Tucker, hosvd_factors
-from lance_kernels.ops.pack_core import packed_bytes
+from lance_kernels.ops.pack_core import core_bytes
 from lance_kernels.ops.tucker import tucker_project
 
 ENERGIES = tuple(step / 20 for step in range(4, 20))
@@ -59,7 +59,7 @@ def choose_ranks(
             core = tucker_project(x, factors)
             error = (Tucker().from_core(core, factors, grads[name], layer) - gradient).norm().item()
             kept = [core, *factors]
-            size = sum(packed_bytes(t.shape, bits) if bits else t.numel() * t.element_size() for t in kept)
+            size = sum(core_bytes(t.shape, bits, t.element_size()) for t in kept)
             found.append((size, error, [factor.shape[1] for factor in factors]))
         options.append(found)
     return dict(zip(names, least_error(options, budget)))

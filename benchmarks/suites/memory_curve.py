@@ -14,13 +14,12 @@ from torch import nn
 
 import lance_kernels as lance
 from benchmarks.data import load
-from benchmarks.finetune import Recipe, batches, loss_of
+from benchmarks.finetune import Recipe, batches, counted_bytes, loss_of
 from benchmarks.network import freeze_for_fine_tuning, train_mode
 from benchmarks.pretrained import pretrained
 from benchmarks.registry import Context
 from benchmarks.results import Row
 from benchmarks.suites.memory import SUITE
-from lance_kernels.ops.pack_core import packed_bytes
 
 PLANNED, ONE_ENERGY, PUBLISHED = "lance, planned", "lance, one energy, 4 bits", "published"
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.03, 0.1, 0.3)
@@ -83,15 +82,6 @@ class Network:
 def network(data: Path | None, quick: bool, seed: int) -> Network:
     """The network, pretrained once a process."""
     return Network(data, quick, seed)
-
-
-def counted_bytes(calibration: lance.Calibration, ranks: dict[str, list[int | None]], bits: int | None) -> int:
-    """Bytes of the cores of one batch of the calibration's size."""
-    total = 0
-    for name, chosen in ranks.items():
-        core = [size if rank is None else rank for size, rank in zip(calibration.layers[name].size, chosen)]
-        total += packed_bytes(core, bits) if bits else 4 * torch.Size(core).numel()
-    return total
 
 
 def dense_bytes(calibration: lance.Calibration) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from lance_kernels.continual.protection import Protection
 from lance_kernels.distributed import Ranks
 from lance_kernels.nn._compressed import CompressedLayer
 from lance_kernels.ops._checks import accumulation_dtype
-from lance_kernels.ops.pack_core import packed_bytes
+from lance_kernels.ops.pack_core import core_bytes
 from lance_kernels.ops.patch_convolution import patch_core_size
 
 
@@ -360,7 +359,7 @@ def _bytes_of_tucker(
     size = records[name].size
     assert size is not None
     ranks = [extent if f is None else f.shape[1] for extent, f in zip(size, found.tucker[name])]
-    return _bytes(ranks, layers[name])
+    return core_bytes(ranks, layers[name].lance_core_bits, layers[name].weight.element_size())
 
 
 def _bytes_of_patches(
@@ -370,9 +369,4 @@ def _bytes_of_patches(
     assert size is not None
     assert isinstance(layer, PatchConvolution)
     core = patch_core_size(size, patch.factor, patch.spatial, layer.kernel_size, layer.lance_geometry())
-    return _bytes(core, layer)
-
-
-def _bytes(core: list[int], layer: CompressedLayer) -> int:
-    bits = layer.lance_core_bits
-    return packed_bytes(core, bits) if bits else math.prod(core) * layer.weight.element_size()
+    return core_bytes(core, layer.lance_core_bits, layer.weight.element_size())

@@ -70,6 +70,11 @@ def packed_bytes(size: Sequence[int], bits: int) -> int:
     return 4 + (count * bits + 7) // 8 + (count + GROUP - 1) // GROUP
 
 
+def core_bytes(size: Sequence[int], bits: int | None, itemsize: int) -> int:
+    """Bytes of a core of shape `size`: packed, or with 0 or None bits in a dtype of `itemsize` bytes."""
+    return packed_bytes(size, bits) if bits else math.prod(size) * itemsize
+
+
 def check_bits(operator: str, bits: int) -> None:
     """Refuses a number of bits that no packed core has."""
     check(bits in BITS, f"lance::{operator}: bits is {bits}; expected 8, 4 or 2")

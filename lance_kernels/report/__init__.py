@@ -5,7 +5,6 @@ The one counter of held bytes, for the demo, the tests and the benchmarks.
 
 from __future__ import annotations
 
-import math
 import os
 import weakref
 from collections import defaultdict
@@ -22,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lance_kernels._batches import run_model, tensors_in, to_device_of
 from lance_kernels.convert import compressed_layers, exact
 from lance_kernels.nn._compressed import CompressedLayer
-from lance_kernels.ops.pack_core import packed_bytes
+from lance_kernels.ops.pack_core import core_bytes
 
 Loss = Callable[[Any], torch.Tensor]
 
@@ -378,7 +377,7 @@ def _counted(layer: CompressedLayer, x: torch.Tensor, itemsize: int) -> int:
     core = layer.lance_core_size(size) if layer.lance_keeps_core() else None
     if core is None:
         return x.numel() * itemsize
-    return packed_bytes(core, layer.lance_core_bits) if layer.lance_core_bits else math.prod(core) * itemsize
+    return core_bytes(core, layer.lance_core_bits, itemsize)
 
 
 def _graph(root: Any) -> Iterator[Any]:
