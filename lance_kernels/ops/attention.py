@@ -2,7 +2,8 @@
 
 With `P = softmax(scale Q K^T + mask)` and `O = P V`: `dV = P^T dO`, `dS = P (dP - sum(dP P))` with `dP = dO V^T`,
 `dQ = scale dS K`, `dK = scale dS^T Q`. PyTorch keeps `Q`, `K`, `V`, `O` and the logarithms of the sums; here one byte
-an element of `Q`, `K` and `V` is kept, with one step a row (a token and head).
+an element of `Q`, `K` and `V` is kept, with one step a row (a token and head). A float32 mask that is itself a result
+(the learned bias of positions, added to a mask of windows) is kept in 16 bits.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lance_kernels.ops._checks import check, check_floating
 from lance_kernels.ops._layout import memory_order
@@ -50,7 +52,9 @@ def attention(
 
     Returns:
         `(..., H, L, Ev)`; values equal PyTorch's. Gradients are those at the rounded query, key and value, each element
-        off by at most its row's largest magnitude over 254.
+        off by at most its row's largest magnitude over 254, and, where a float32 `attn_mask` is the result of other
+        operations and requires a gradient, at the mask in float16: each element off by at most `2^-11` of its
+        magnitude, or by `2^-25`; below -65504 it hides as before.
     """
     y: torch.Tensor = torch.ops.lance.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return y
@@ -133,6 +137,38 @@ def _quantize(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[in
     return codes, steps, order
 
 
+# Layers that are given one mask keep one: by mask, its version and what is kept of it.
+_KEPT_MASKS = WeakTensorKeyDictionary()
+
+
+def _keep_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """What backward needs of a mask: half the bytes where nothing else holds it whole."""
+    if mask is None or mask.dtype != torch.float32 or not mask.requires_grad or mask.is_leaf:
+        return mask
+    if any(stride == 0 and size > 1 for stride, size in zip(mask.stride(), mask.shape)):
+        return mask
+    if torch.compiler.is_compiling():
+        return _halve(mask)
+    known: tuple[int, torch.Tensor] | None = _KEPT_MASKS.get(mask)
+    if known is None or known[0] != mask._version:
+        known = _KEPT_MASKS[mask] = (mask._version, _halve(mask))
+    return known[1]
+
+
+def _halve(mask: torch.Tensor) -> torch.Tensor:
+    limit = torch.finfo(torch.float16).max
+    bounded = mask.clamp(-limit, limit)
+    return bounded.masked_fill(mask == -torch.inf, -torch.inf).to(torch.float16)
+
+
+def _restore_mask(kept: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    if kept is None or kept.dtype in (torch.bool, dtype):
+        return kept
+    # A row that is hidden throughout weighs all alike only while its scores vanish beside the mask.
+    lowest = kept == torch.finfo(torch.float16).min
+    return kept.to(dtype).masked_fill(lowest, torch.finfo(dtype).min)
+
+
 def _generator_state(device: torch.device) -> torch.Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
@@ -153,7 +189,9 @@ class _Attention(torch.autograd.Function):
         state = _generator_state(query.device) if dropout_p > 0 else None
         y = _plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         kept = [_quantize(tensor) for tensor in (query, key, value)]
-        ctx.save_for_backward(*(part for codes, steps, _ in kept for part in (codes, steps)), attn_mask, state)
+        ctx.save_for_backward(
+            *(part for codes, steps, _ in kept for part in (codes, steps)), _keep_mask(attn_mask), state
+        )
         ctx.orders = [order for _, _, order in kept]
         ctx.sizes = [tensor.shape for tensor in (query, key, value)]
         ctx.options = (dropout_p, is_causal, scale, enable_gqa)
@@ -162,7 +200,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable("attention")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *kept, attn_mask, state = ctx.saved_tensors
+        *kept, kept_mask, state = ctx.saved_tensors
+        attn_mask = _restore_mask(kept_mask, grad.dtype)
         tensors = [
             dequantize_rows(codes, steps, 1, placeholder(size, grad), order)
             for codes, steps, size, order in zip(kept[0::2], kept[1::2], ctx.sizes, ctx.orders)

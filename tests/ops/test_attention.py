@@ -109,6 +109,60 @@ def test_what_is_held():
     assert held_bytes(lambda: attention(query, key, value)) == 3 * (query.numel() + 4 * query.numel() // 16)
 
 
+def windows_bias(table, hide=-100.0):
+    hidden = torch.rand(4, 1, 6, 6) < 0.3
+    return table + torch.zeros(4, 1, 6, 6).masked_fill(hidden, hide)
+
+
+@pytest.mark.parametrize("hide", [-100.0, -1e9, torch.finfo(torch.float32).min, -torch.inf])
+def test_a_computed_mask_is_kept_in_16_bits(hide):
+    torch.manual_seed(3)
+    query, key, value = (heads(4, 2, 6, 8) for _ in range(3))
+    table = torch.randn(1, 2, 6, 6)
+    grad = torch.randn(4, 2, 6, 8)
+
+    def call(function):
+        def run(query, key, value, table):
+            torch.manual_seed(4)
+            mask = windows_bias(table, hide)
+            if hide != -torch.inf:
+                mask = torch.cat([mask[..., :5, :], table.new_full((4, 2, 1, 6), hide)], -2)
+            return function(query, key, value, mask)
+
+        return run
+
+    y, grads = forward_backward(call(attention), [query, key, value, table], grad)
+    expected, _ = forward_backward(call(F.scaled_dot_product_attention), [query, key, value, table], grad)
+    assert torch.equal(y, expected)
+    # In float32, where a row of -1e9 leaves nothing of its scores.
+    kept = [rounded(tensor).float() for tensor in (query, key, value)] + [table.half().float()]
+    _, expected_grads = forward_backward(call(F.scaled_dot_product_attention), kept, grad)
+    for one, other in zip(grads, expected_grads):
+        assert (one - other).norm() <= 1e-3 * other.norm()
+
+
+def test_what_is_held_of_a_mask():
+    query, key, value = (heads(4, 2, 6, 8).requires_grad_() for _ in range(3))
+    table = torch.randn(1, 2, 6, 6, requires_grad=True)
+    alone = held_bytes(lambda: attention(query, key, value))
+    size = 4 * 2 * 6 * 6
+    assert held_bytes(lambda: attention(query, key, value, windows_bias(table))) == alone + 2 * size
+
+    def twice(change):
+        mask = windows_bias(table)
+        y = attention(query, key, value, mask)
+        if change:
+            mask = mask.add_(1)
+        return attention(y, y, y, mask)
+
+    once = held_bytes(lambda: attention(query, key, value, windows_bias(table)))
+    assert held_bytes(lambda: twice(False)) == once + alone
+    assert held_bytes(lambda: twice(True)) == once + alone + 2 * size
+    # A leaf is held by the model anyway, an expanded mask is smaller than its copy would be.
+    expanded = (table * 2).expand(4, 2, 6, 6)
+    assert held_bytes(lambda: attention(query, key, value, expanded)) == alone + 4 * expanded.numel() // 4
+
+
 def test_opcheck_flops_autocast_and_compile():
     query, key, value = (heads(1, 2, 4, 8).requires_grad_() for _ in range(3))
     opcheck(torch.ops.lance.attention, (query, key, value))
