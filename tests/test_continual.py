@@ -202,7 +202,7 @@ def test_both_kinds_of_core_hold_the_guarantee():
 def test_capacity_and_memory_count_what_is_there():
     model = network()
     learner = learner_of(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    assert learner.memory().total == 0
+    assert learner.memory().total == sum(layer.size for layer in learner.capacity().values())  # a byte a row
     start = learner.capacity()["2"]
     assert (start.size, start.used, start.free, start.full) == (72, 0, 72, False)
     learner.begin_task(task(0))
@@ -217,8 +217,11 @@ def test_capacity_and_memory_count_what_is_there():
         product = protection.product
         stored = 0 if product is None else 4 * protection.layer.weight.shape[0] * protection.basis.width
         assert memory.layers[name].product == stored
-        assert memory.layers[name].basis == 4 * protection.basis.packed.numel()
-    assert memory.total == memory.basis + memory.product + memory.probes
+        directions = [(k, protection.size - k) for k in protection.basis.counts]
+        assert memory.layers[name].basis == sum(4 * k * rest + k + rest for k, rest in directions)
+    assert memory.stored == sum(layer.basis + layer.product for layer in memory.layers.values())
+    assert memory.total == memory.stored + memory.working
+    assert memory.working > 0
 
 
 def test_a_full_layer_is_frozen_and_said_so():
@@ -240,7 +243,7 @@ def test_a_full_layer_is_frozen_and_said_so():
     assert not any(p.requires_grad for p in model.parameters())
     optimizer.step()
     assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before))
-    assert learner.memory().product == 0
+    assert all(layer.product == 0 for layer in learner.memory().layers.values())
 
 
 class WithHeads(nn.Module):

@@ -1,4 +1,4 @@
-"""Protected bases: orthonormal whatever happens, small, and the same whichever half is stored."""
+"""Protected bases: orthonormal whatever happens, in as few numbers as a subspace has."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ def test_products_are_those_of_the_dense_basis(data, size, groups):
         assert dense.shape == (size, basis.counts[group])
         assert_orthonormal(dense, 1e-6)
         projector = dense @ dense.mT
-        assert torch.allclose(without[group], rows[group] - rows[group] @ projector, atol=1e-10)
-        assert torch.allclose(basis.expand(components)[group], rows[group] @ projector, atol=1e-10)
-        assert torch.allclose(components[group].square().sum(), (rows[group] @ dense).square().sum())
+        assert torch.allclose(without[group], rows[group] - rows[group] @ projector, atol=1e-5)
+        assert torch.allclose(basis.expand(components)[group], rows[group] @ projector, atol=1e-5)
+        assert torch.allclose(components[group, :, : dense.shape[1]], rows[group] @ dense, atol=1e-5)
+        assert not components[group, :, dense.shape[1] :].any()
 
 
 @given(data=st.data(), size=st.integers(2, 40))
@@ -69,7 +70,6 @@ def test_orthonormal_and_complete_after_fifty_tasks(new):
     for _ in range(50):
         for group, directions in enumerate(add_random(basis, [new, new + (new > 1) * -1])):
             earlier[group].append(directions)
-    assert basis.complement is (new == 4)
     for group in range(2):
         dense = basis.dense(group)
         assert_orthonormal(dense, 1e-5)
@@ -78,12 +78,25 @@ def test_orthonormal_and_complete_after_fifty_tasks(new):
 
 
 @pytest.mark.parametrize("used", [0, 1, 40, 64, 100, 127, 128])
-def test_stores_the_packed_vectors_of_the_smaller_half(used):
+def test_stores_as_many_numbers_as_a_subspace_has(used):
     basis = basis_of(1, 128)
     add_random(basis, [used])
-    vectors = min(used, 128 - used)
-    assert basis.packed.numel() == 128 * vectors - vectors * (vectors + 1) // 2
+    assert basis.packed.numel() == used * (128 - used)
+    assert basis.stored_bytes == 4 * used * (128 - used) + 128
     assert basis.free == 128 - used
+    assert basis.packed.abs().max() <= 2 if basis.packed.numel() else True
+
+
+def test_directions_on_which_plain_elimination_fails_are_stored_small():
+    # Wilkinson's matrix: elimination with row exchanges alone doubles a value in every column.
+    size = 24
+    lower = torch.eye(size, dtype=torch.float64) - torch.ones(size, size, dtype=torch.float64).tril(-1)
+    columns = torch.linalg.qr(torch.cat([lower, torch.ones(8, size, dtype=torch.float64)]))[0]
+    basis = basis_of(1, size + 8)
+    basis.add([columns])
+    assert basis.packed.abs().max() <= 2
+    dense = basis.dense()
+    assert (columns - dense @ (dense.mT @ columns)).norm(dim=0).max() <= 1e-6
 
 
 @pytest.mark.parametrize(("dtype", "off"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
@@ -92,6 +105,7 @@ def test_narrow_vectors_stay_orthonormal_and_turn_a_little(dtype, off):
     directions = torch.cat([add_random(basis, [20])[0] for _ in range(3)], dim=1)
     dense = basis.dense()
     assert basis.packed.dtype == dtype
+    assert basis.columns.dtype == torch.float32
     assert_orthonormal(dense, 1e-10)
     assert (directions - dense @ (dense.mT @ directions)).norm(dim=0).max() <= off
 
@@ -104,6 +118,7 @@ def test_a_full_basis_is_everything():
     assert basis.free == 0
     rows = torch.randn(2, 3, 6, dtype=torch.float64)
     assert basis.without(rows).norm() <= 1e-12
+    assert basis.packed.numel() == 0
 
 
 def test_state_goes_back_and_forth_and_is_checked():

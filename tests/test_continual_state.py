@@ -110,7 +110,7 @@ def test_states_that_do_not_fit_are_refused_by_name(tmp_path):
     learner.end_task(task(0))
     state = learner.state_dict()
     _, _, other = make()
-    with pytest.raises(ValueError, match="state is no learner's of format 1"):
+    with pytest.raises(ValueError, match="state is no learner's of format 2"):
         other.load_state_dict({"format": 7})
     smaller = copy.deepcopy(state)
     del smaller["protected"]["2"]
@@ -118,7 +118,7 @@ def test_states_that_do_not_fit_are_refused_by_name(tmp_path):
         other.load_state_dict(smaller)
     swapped = copy.deepcopy(state)
     swapped["protected"]["2"] = swapped["protected"]["0"]
-    with pytest.raises(ValueError, match=r"layer '2': basis of .* does not fit 2 groups of size 36"):
+    with pytest.raises(ValueError, match=r"layer '2': basis with .* does not fit 2 groups of size 36"):
         other.load_state_dict(swapped)
     bent = copy.deepcopy(state)
     bent["protected"]["0"]["product"] = torch.zeros(1, 2, 3)

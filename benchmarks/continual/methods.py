@@ -43,6 +43,10 @@ class Learner:
         """Bytes that past tasks have left behind."""
         return 0
 
+    def working_bytes(self) -> int:
+        """Bytes of what is made from task memory and held while training."""
+        return 0
+
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """One training step."""
         self.optimizer.zero_grad(set_to_none=True)

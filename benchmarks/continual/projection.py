@@ -113,6 +113,7 @@ class Protecting(Learner):
         self.energy = energy
         self.layers = model.protected_layers()
         self.bases = {name: torch.zeros(layer.weight[0].numel(), 0) for name, layer in self.layers.items()}
+        self.products: dict[str, torch.Tensor] = {}
 
     def end_task(self, index: int, task: Task, loader: Sequence[Batch]) -> None:
         """Adds what the task uses; norms are trained in the first task only, as in the papers."""
@@ -127,6 +128,10 @@ class Protecting(Learner):
     def memory_bytes(self) -> int:
         """The bases."""
         return sum(basis.nbytes for basis in self.bases.values())
+
+    def working_bytes(self) -> int:
+        """The products that pay."""
+        return sum(product.nbytes for product in self.products.values())
 
 
 def _in_evaluation_mode(module: nn.Module, args: object) -> None:
@@ -264,8 +269,12 @@ class NullSpace(Learner):
         self.learner.end_task(loader)
 
     def memory_bytes(self) -> int:
-        """Bases, remembered products and probes."""
-        return self.learner.memory().total
+        """Bases and remembered products."""
+        return self.learner.memory().stored
+
+    def working_bytes(self) -> int:
+        """Orthonormal columns and probes made from them."""
+        return self.learner.memory().working
 
     def close(self) -> None:
         """Leaves a plain model."""

@@ -64,6 +64,7 @@ class Run:
         make: makes the method.
         matrix: test accuracy in percent on every task, a row after each task.
         memory: bytes of task memory after each task.
+        working: bytes of what was made from task memory and held in each task.
         held: bytes that autograd holds in a step at the beginning of the first and of the last task.
     """
 
@@ -72,6 +73,7 @@ class Run:
     make: Make
     matrix: list[list[float]] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
+    working: list[int] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -95,6 +97,7 @@ class Run:
         self.optimizer.state.clear()
         loader = self.setting.loader(index)
         self.learner.begin_task(index, loader)
+        self.working.append(self.learner.working_bytes())
         if index in (0, len(self.setting.tasks) - 1):
             self.held.append(held_bytes(self.learner, loader[0]))
 

@@ -203,6 +203,7 @@ def _accuracy_rows(context: Context, setting: Setting, runs: dict[str, Run]) -> 
         ),
         "new task accuracy": ({m: [metrics.new_task_accuracy(run.matrix)] for m, run in in_order.items()}, "%"),
         "task memory": ({m: [float(run.memory[-1])] for m, run in in_order.items()}, "B"),
+        "working memory": ({m: [float(max(run.working))] for m, run in in_order.items()}, "B"),
     }
     rows = []
     for quantity, (samples, unit) in quantities.items():

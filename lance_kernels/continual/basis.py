@@ -1,22 +1,21 @@
-"""Protected directions of a layer's input: an orthonormal basis a group, stored as packed Householder vectors.
+"""Protected directions of a layer's input: an orthonormal basis a group, stored in as few numbers as a subspace has.
 
-`Q = H_1 ... H_r` with `H_j = I - 2 v_j v_j^T / |v_j|^2`, `v_j` zero above entry `j` and one there (LAPACK's `geqrf`),
-is orthogonal whatever the vectors are, so rounding them cannot take the basis away from orthonormal. Some of its
-columns are protected, the others are free: the first `k` columns, or, where the free ones are fewer, all but the first
-`n - k`. The scale `2 / |v_j|^2` follows from the vector, so `r` vectors take `n r - r (r + 1) / 2` numbers. Blocks of
-vectors are applied together in the compact form of Schreiber and Van Loan (SIAM J. Sci. Stat. Comput. 1989),
-`I - V T V^T`, where the inverse of `T` is the upper triangle of `V^T V` with half its diagonal (Puglisi, SIAM J. Sci.
-Stat. Comput. 1992).
+The span of `k` directions of length `n` is also that of a matrix with the unit matrix in `k` of its rows, the pivots,
+and some `X`, `(n - k, k)`, in the others; `X` is what is stored, `k (n - k)` numbers. The orthonormal basis is
+`M = [1; X] L^-T` with `L L^T = 1 + X^T X` (Cholesky), and that of the free directions `N = [-X^T; 1] R^-T` with
+`R R^T = 1 + X X^T`: orthonormal whatever `X` is, so rounding it cannot take the basis away from orthonormal, only turn
+it. Pivots are those of Gaussian elimination with row exchanges, improved until no value of `X` is above 2 (the volume
+of the pivots' rows grows with each exchange; Goreinov et al., "How to find a good submatrix", 2010).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-BLOCK = 64  # vectors applied together
+LARGEST = 2.0  # of the values of X
 
 
 class Basis:
@@ -25,26 +24,25 @@ class Basis:
     Args:
         groups: number of groups, each with directions of its own.
         size: length of a direction, `n`.
-        dtype: of the stored vectors.
-        device: of the stored vectors.
+        dtype: of the stored numbers.
+        device: of the stored numbers and of the basis made from them.
 
     Attributes:
-        counts: protected directions, by group.
-        complement: whether the free columns of `Q` come first.
-        packed: the vectors, `(groups, numbers)`: block by block the strictly lower triangle of the block's first rows,
-            then the rows below.
+        pivots: which rows hold the unit matrix, `(groups, n)`, boolean; as many as the group has directions.
+        packed: `X` of all groups, one after the other, rows and columns in the order of `n`.
+        columns: `M` in float32 (float64 where `packed` is), `(groups, n, width)`, made from the stored numbers; zero
+            where a group has fewer directions than others.
     """
 
     def __init__(self, groups: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.groups, self.size = groups, size
-        self.counts = [0] * groups
-        self.complement = False
-        self.vectors = 0
-        self.packed = torch.zeros(groups, 0, dtype=dtype, device=device)
+        self.pivots = torch.zeros(groups, size, dtype=torch.bool, device=device)
+        self.packed = torch.zeros(0, dtype=dtype, device=device)
+        self._make_columns()
 
     @property
     def width(self) -> int:
-        """Columns that `components` has: the most directions of any group."""
+        """The most directions of any group."""
         return max(self.counts)
 
     @property
@@ -57,6 +55,11 @@ class Basis:
         """Free directions of all groups."""
         return self.groups * self.size - self.used
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of what is stored."""
+        return self.packed.nbytes + self.pivots.nbytes
+
     def components(self, rows: torch.Tensor) -> torch.Tensor:
         """Coordinates of the rows' protected part.
 
@@ -66,19 +69,16 @@ class Basis:
         Returns:
             `rows M`, `(groups, count, width)`; zero where a group has fewer directions than others.
         """
-        return self._rotated(rows)[..., self._columns()] * self._mask(rows)
+        return rows @ self.columns.to(rows.device, rows.dtype)
 
     def expand(self, components: torch.Tensor) -> torch.Tensor:
         """The rows that have these coordinates and no free part, `(groups, count, n)`."""
-        rows = components.new_zeros(*components.shape[:-1], self.size)
-        rows[..., self._columns()] = components * self._mask(components)
-        return self._rotated_back(rows)
+        return components @ self.columns.to(components.device, components.dtype).mT
 
     def without(self, rows: torch.Tensor) -> torch.Tensor:
         """`rows (I - M M^T)`: the rows' free part, `(groups, count, n)`."""
-        turned = self._rotated(rows)
-        turned[..., self._columns()] *= 1 - self._mask(rows)
-        return self._rotated_back(turned)
+        columns = self.columns.to(rows.device, rows.dtype)
+        return rows - (rows @ columns) @ columns.mT
 
     def restricted(self, gram: torch.Tensor, group: int) -> torch.Tensor:
         """A group's Gram matrix in its free coordinates, `N^T gram N`.
@@ -90,10 +90,9 @@ class Basis:
         Returns:
             `(n - k, n - k)` for `k` protected directions, symmetric.
         """
-        half = self._rotated(gram.unsqueeze(0), group)
-        whole = self._rotated(half.mT, group)[0]
-        free = self._free_columns(group)
-        return (whole + whole.mT)[free, free] / 2
+        free = self._free(group).to(gram.device)
+        inner = free.mT @ gram @ free
+        return (inner + inner.mT) / 2
 
     def embedded(self, coordinates: torch.Tensor, group: int) -> torch.Tensor:
         """The directions that have these free coordinates.
@@ -105,16 +104,16 @@ class Basis:
         Returns:
             `N coordinates`, `(n, count)`.
         """
-        rows = coordinates.new_zeros(1, coordinates.shape[1], self.size)
-        rows[0, :, self._free_columns(group)] = coordinates.mT
-        return self._rotated_back(rows, group)[0].mT
+        return self._free(group).to(coordinates.device) @ coordinates
 
     def dense(self, group: int = 0) -> torch.Tensor:
         """A group's protected directions as columns, `(n, k)`, float64."""
-        eye = torch.eye(self.size, dtype=torch.float64, device=self.packed.device)
-        columns = self._rotated(eye.unsqueeze(0), group)[0]
-        count = self.counts[group]
-        return columns[:, self.size - count :] if self.complement else columns[:, :count]
+        rest, pivots = self._rest(group), self.pivots[group]
+        count = rest.shape[1]
+        columns = rest.new_zeros(self.size, count)
+        columns[pivots] = torch.eye(count, dtype=rest.dtype, device=rest.device)
+        columns[~pivots] = rest
+        return _orthonormal(columns)
 
     def add(self, coordinates: Sequence[torch.Tensor]) -> None:
         """Protects further directions.
@@ -123,35 +122,20 @@ class Basis:
             coordinates: by group, the directions' free coordinates, `(n - k, count)`, columns orthonormal, float64;
                 `count` may be 0.
         """
-        counts = [count + new.shape[1] for count, new in zip(self.counts, coordinates)]
-        # Vectors of the form with fewer of them.
-        complement = self.size - min(counts) < max(counts)
-        vectors = self._unpacked(torch.float64)
-        if not complement and not self.complement:
-            found = []
-            for group, (before, new) in enumerate(zip(self.counts, coordinates)):
-                # Where a group has fewer vectors than others, reflections without any turned these signs.
-                signs = torch.ones_like(new[:, :1])
-                signs[: self.vectors - before] = -1
-                found.append(torch.cat([vectors[group, :, :before], _below(before, signs * new)], dim=1))
-        else:
-            found = []
-            for group, new in enumerate(coordinates):
-                rest = torch.linalg.qr(new, mode="complete")[0][:, new.shape[1] :]
-                basis = self.embedded(rest, group)
-                if not complement:
-                    basis = torch.linalg.qr(basis, mode="complete")[0][:, basis.shape[1] :]
-                found.append(_below(0, basis))
-        self.counts, self.complement = counts, complement
-        self.vectors = max(matrix.shape[1] for matrix in found)
-        stacked = vectors.new_zeros(self.groups, self.size, self.vectors)
-        for group, matrix in enumerate(found):
-            stacked[group, :, : matrix.shape[1]] = matrix
-        self._pack(stacked)
+        pivots, pieces = self.pivots.clone(), []
+        for group, new in enumerate(coordinates):
+            if not new.shape[1]:
+                pieces.append(self._rest(group).flatten())
+                continue
+            columns = torch.cat([self.dense(group), self.embedded(new.to(self.packed.device), group)], dim=1)
+            pivots[group], rest = _with_pivots(columns)
+            pieces.append(rest.flatten())
+        self.pivots, self.packed = pivots, torch.cat(pieces).to(self.packed.dtype)
+        self._make_columns()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as plain values and one tensor."""
-        return {"counts": list(self.counts), "complement": self.complement, "packed": self.packed}
+        """Everything, as two tensors."""
+        return {"pivots": self.pivots, "packed": self.packed}
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Refuses what `state_dict` of another basis gave.
@@ -159,120 +143,83 @@ class Basis:
         Raises:
             ValueError: it does not fit these groups and this size.
         """
-        counts, packed = state["counts"], state["packed"]
-        fits = len(counts) == self.groups and all(0 <= count <= self.size for count in counts)
-        if not fits or tuple(packed.shape) != (self.groups, self._numbers(counts, state["complement"])):
+        pivots, packed = state["pivots"], state["packed"]
+        fits = pivots.dtype == torch.bool and tuple(pivots.shape) == (self.groups, self.size)
+        if not fits or tuple(packed.shape) != (sum(k * (self.size - k) for k in _counts(pivots)),):
             raise ValueError(
-                f"basis of {counts} directions, packed {tuple(packed.shape)}, does not fit {self.groups} groups of "
-                f"size {self.size}"
+                f"basis with pivots {tuple(pivots.shape)}, packed {tuple(packed.shape)}, does not fit {self.groups} "
+                f"groups of size {self.size}"
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave and `check_state` found right."""
-        self.counts, self.complement = list(state["counts"]), bool(state["complement"])
-        self.vectors = self.size - min(self.counts) if self.complement else self.width
+        self.pivots = state["pivots"].detach().to(self.pivots.device, copy=True)
         self.packed = state["packed"].detach().to(self.packed.device, self.packed.dtype, copy=True)
+        self._make_columns()
 
-    def _numbers(self, counts: Sequence[int], complement: bool) -> int:
-        """Numbers a group that the packed vectors of so many directions take."""
-        vectors = self.size - min(counts) if complement else max(counts)
-        return sum(_block_numbers(self.size, start, width) for start, width in _blocks(vectors))
+    def _make_columns(self) -> None:
+        self.counts = _counts(self.pivots)
+        wide = self.packed.dtype == torch.float64
+        dtype = torch.float64 if wide else torch.float32
+        self.columns = self.packed.new_zeros(self.groups, self.size, self.width, dtype=dtype)
+        for group, count in enumerate(self.counts):
+            if count:
+                self.columns[group, :, :count] = self.dense(group)
 
-    def _columns(self) -> slice:
-        return slice(self.size - self.width, self.size) if self.complement else slice(0, self.width)
+    def _rest(self, group: int) -> torch.Tensor:
+        """A group's `X`, `(n - k, k)`, float64."""
+        numbers = [count * (self.size - count) for count in self.counts[: group + 1]]
+        start, count = sum(numbers[:-1]), self.counts[group]
+        return self.packed[start : start + numbers[-1]].double().view(self.size - count, count)
 
-    def _free_columns(self, group: int) -> slice:
-        count = self.counts[group]
-        return slice(0, self.size - count) if self.complement else slice(count, self.size)
-
-    def _mask(self, like: torch.Tensor) -> torch.Tensor:
-        """`(groups, 1, width)`: one where a column of `_columns` is one of the group's."""
-        counts = torch.tensor(self.counts, device=like.device).view(-1, 1, 1)
-        columns = torch.arange(self.width, device=like.device)
-        mine = columns >= self.width - counts if self.complement else columns < counts
-        return mine.to(like.dtype)
-
-    def _rotated(self, rows: torch.Tensor, group: int | None = None) -> torch.Tensor:
-        """`rows Q`, a copy; of one group where it is given."""
-        turned = rows.clone()
-        for start, vectors in self._block_vectors(rows, group):
-            _reflect(turned[..., start:], vectors, transpose=False)
-        return turned
-
-    def _rotated_back(self, rows: torch.Tensor, group: int | None = None) -> torch.Tensor:
-        """`rows Q^T`, in place."""
-        for start, vectors in reversed(list(self._block_vectors(rows, group))):
-            _reflect(rows[..., start:], vectors, transpose=True)
-        return rows
-
-    def _block_vectors(self, like: torch.Tensor, group: int | None) -> Iterator[tuple[int, torch.Tensor]]:
-        """First row and vectors, `(groups, n - start, width)`, of every block."""
-        packed = self.packed if group is None else self.packed[group : group + 1]
-        packed = packed.to(like.device)
-        offset = 0
-        for start, width in _blocks(self.vectors):
-            numbers = _block_numbers(self.size, start, width)
-            block = packed[:, offset : offset + numbers].to(like.dtype)
-            offset += numbers
-            triangle = width * (width - 1) // 2
-            top = torch.eye(width, dtype=like.dtype, device=like.device).repeat(len(packed), 1, 1)
-            row, column = torch.tril_indices(width, width, -1, device=like.device)
-            top[:, row, column] = block[:, :triangle]
-            yield start, torch.cat([top, block[:, triangle:].unflatten(1, (-1, width))], dim=1)
-
-    def _unpacked(self, dtype: torch.dtype) -> torch.Tensor:
-        """The vectors below the diagonal, `(groups, n, vectors)`."""
-        vectors = self.packed.new_zeros(self.groups, self.size, self.vectors, dtype=dtype)
-        for start, block in self._block_vectors(vectors, None):
-            vectors[:, start:, start : start + block.shape[2]] = block
-        return vectors.tril(-1)
-
-    def _pack(self, vectors: torch.Tensor) -> None:
-        pieces = [vectors.new_zeros(self.groups, 0)]
-        for start, width in _blocks(self.vectors):
-            row, column = torch.tril_indices(width, width, -1, device=vectors.device)
-            block = vectors[:, start:, start : start + width]
-            pieces += [block[:, row, column], block[:, width:].flatten(1)]
-        self.packed = torch.cat(pieces, dim=1).to(self.packed.device, self.packed.dtype)
+    def _free(self, group: int) -> torch.Tensor:
+        """A group's free directions as columns, `(n, n - k)`, float64."""
+        rest, pivots = self._rest(group), self.pivots[group]
+        count = rest.shape[0]
+        columns = rest.new_zeros(self.size, count)
+        columns[pivots] = -rest.mT
+        columns[~pivots] = torch.eye(count, dtype=rest.dtype, device=rest.device)
+        return _orthonormal(columns)
 
 
-def _blocks(vectors: int) -> list[tuple[int, int]]:
-    """First vector and number of vectors of every block."""
-    return [(start, min(BLOCK, vectors - start)) for start in range(0, vectors, BLOCK)]
+def _counts(pivots: torch.Tensor) -> list[int]:
+    counts: list[int] = pivots.sum(1).tolist()
+    return counts
 
 
-def _block_numbers(size: int, start: int, width: int) -> int:
-    return width * (width - 1) // 2 + (size - start - width) * width
+def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
+    """Orthonormal columns of the same span, for columns that hold a unit matrix."""
+    lower = torch.linalg.cholesky(columns.mT @ columns)
+    solved: torch.Tensor = torch.linalg.solve_triangular(lower.mT, columns, upper=True, left=False)
+    return solved
 
 
-def _below(start: int, columns: torch.Tensor) -> torch.Tensor:
-    """The Householder vectors that turn `columns` into the unit vectors from `start` on, below their ones.
+def _with_pivots(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pivots and `X` of the span of some columns.
 
     Args:
-        start: rows above, in which the vectors are zero.
-        columns: `(size - start, count)`, float64.
+        columns: `(n, k)`, orthonormal, float64.
 
     Returns:
-        `(size, count)`; the ones are left out.
+        Pivots, `(n,)`, boolean, and `X`, `(n - k, k)`.
     """
-    factored, _ = torch.geqrf(columns)
-    below = factored.tril(-1)
-    return torch.cat([below.new_zeros(start, below.shape[1]), below])
-
-
-def _reflect(rows: torch.Tensor, vectors: torch.Tensor, transpose: bool) -> None:
-    """Applies a block of reflections from the right, in place.
-
-    Args:
-        rows: `(groups, count, size)`.
-        vectors: `(groups, size, width)`.
-        transpose: apply the product's transpose.
-    """
-    overlaps = vectors.mT @ vectors
-    upper = overlaps.triu(1) + torch.diag_embed(overlaps.diagonal(dim1=-2, dim2=-1) / 2)
-    shared = rows @ vectors
-    if transpose:
-        solved = torch.linalg.solve_triangular(upper.mT, shared, upper=False, left=False)
-    else:
-        solved = torch.linalg.solve_triangular(upper, shared, upper=True, left=False)
-    rows -= solved @ vectors.mT
+    size, count = columns.shape
+    exchanges, lower, _ = torch.lu_unpack(*torch.linalg.lu_factor(columns))
+    order = exchanges.argmax(0)  # row of `columns` at each place of `lower`
+    rest = torch.linalg.solve_triangular(lower[:count], lower[count:], upper=False, left=False, unitriangular=True)
+    while rest.numel():
+        place = int(rest.abs().argmax())
+        row, column = divmod(place, count)
+        if abs(pivot := float(rest[row, column])) <= LARGEST:
+            break
+        # The row and the pivot exchange places.
+        scaled = -rest[row] / pivot
+        scaled[column] = 1 / pivot
+        change = scaled.clone()
+        change[column] -= 1
+        rest += torch.outer(rest[:, column], change)
+        rest[row] = scaled
+        order[count + row], order[column] = order[column].clone(), order[count + row].clone()
+    pivots = torch.zeros(size, dtype=torch.bool, device=columns.device)
+    pivots[order[:count]] = True
+    return pivots, rest[order[count:].argsort()][:, order[:count].argsort()]

@@ -27,7 +27,7 @@ from lance_kernels.nn._state import absolute_name
 from lance_kernels.ops._checks import FLOATING
 from lance_kernels.state import atomic_save, share_factors
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,25 @@ class LayerMemory:
     """Bytes that tasks leave behind in one layer.
 
     Attributes:
-        basis: packed protected directions.
+        basis: stored protected directions.
         product: the weight's value on them.
-        probes: random combinations by which a change of that value is noticed.
+        working: what is made from both and held while training: an orthonormal basis, and random combinations by which
+            a change of that value is noticed.
     """
 
     basis: int
     product: int
-    probes: int
+    working: int
+
+    @property
+    def stored(self) -> int:
+        """What has to be kept from task to task, and is saved."""
+        return self.basis + self.product
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.basis + self.product + self.probes
+        return self.stored + self.working
 
 
 @dataclass(frozen=True)
@@ -80,24 +86,19 @@ class Memory:
     layers: dict[str, LayerMemory]
 
     @property
-    def basis(self) -> int:
-        """Packed protected directions of all layers."""
-        return sum(layer.basis for layer in self.layers.values())
+    def stored(self) -> int:
+        """What has to be kept from task to task, and is saved, of all layers."""
+        return sum(layer.stored for layer in self.layers.values())
 
     @property
-    def product(self) -> int:
-        """Remembered products of all layers."""
-        return sum(layer.product for layer in self.layers.values())
-
-    @property
-    def probes(self) -> int:
-        """Probes of all layers."""
-        return sum(layer.probes for layer in self.layers.values())
+    def working(self) -> int:
+        """What is made from it and held while training, of all layers."""
+        return sum(layer.working for layer in self.layers.values())
 
     @property
     def total(self) -> int:
         """Everything."""
-        return sum(layer.total for layer in self.layers.values())
+        return self.stored + self.working
 
 
 @dataclass
@@ -291,7 +292,7 @@ class NullSpaceLearner:
 
     def memory(self) -> Memory:
         """Bytes that the tasks so far have left behind, by layer and in all."""
-        return Memory({name: LayerMemory(*p.stored_bytes()) for name, p in self._protected.items()})
+        return Memory({n: LayerMemory(*p.stored_bytes(), p.working_bytes()) for n, p in self._protected.items()})
 
     def summary(self) -> LearnerSummary:
         """What is protected, and the policy for everything else; `print` shows it."""

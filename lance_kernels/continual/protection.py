@@ -37,8 +37,9 @@ class Protection:
         self.size = layer.weight[0].numel()
         self.basis = Basis(self.groups, self.size, dtype, device or layer.weight.device)
         self.product: torch.Tensor | None = None  # C, (groups, O / groups, width)
-        self.probes: torch.Tensor | None = None  # M z, (groups, n, probes)
-        self.targets: torch.Tensor | None = None  # C z, (groups, O / groups, probes)
+        self.probes: torch.Tensor | None = None  # M z, (groups, n, probes), float64
+        self.targets: torch.Tensor | None = None  # C z, (groups, O / groups, probes), float64
+        self.seed = 0
 
     @property
     def full(self) -> bool:
@@ -56,22 +57,27 @@ class Protection:
         Args:
             seed: of the random combinations.
         """
-        self.product = self.probes = self.targets = None
-        width = self.basis.width
-        if not width or self.full:
+        self.product, self.seed = None, seed
+        if self.basis.width and not self.full:
+            product = self.basis.components(self._weight(torch.float64))
+            self.product = product.to(self.basis.packed.device, accumulation_dtype(self.layer.weight.dtype))
+        self._make_probes()
+
+    def _make_probes(self) -> None:
+        """Combinations of directions and of the remembered product, from these and the seed alone."""
+        self.probes = self.targets = None
+        if self.product is None:
             return
-        wide = self._weight(torch.float64)
-        self.product = self.basis.components(wide).to(accumulation_dtype(self.layer.weight.dtype))
+        width = self.basis.width
         count = min(width, PROBES)
-        generator = torch.Generator().manual_seed(seed)
-        combinations = torch.randn(self.groups, count, width, dtype=torch.float64, generator=generator) / count**0.5
+        generator = torch.Generator().manual_seed(self.seed)
+        combinations = torch.randn(self.groups, width, count, dtype=torch.float64, generator=generator) / count**0.5
         if count == width:
             combinations = torch.eye(width, dtype=torch.float64).repeat(self.groups, 1, 1)
-        probes = self.basis.expand(combinations.to(wide.device)).mT.contiguous()
-        self.probes = probes.to(self.product.dtype)
-        # With the rounded combinations, so that rounding them moves nothing.
-        self.targets = wide @ self.probes.double()
-        self.product = self.product.to(self.basis.packed.device)
+        combinations = combinations.to(self.product.device)
+        device = self.layer.weight.device
+        self.probes = (self.basis.columns.double() @ combinations).to(device)
+        self.targets = (self.product.double() @ combinations).to(device)
 
     def moved(self) -> torch.Tensor:
         """How far the weight's protected part is from what it must be, over its norm and the threshold; 0-dim."""
@@ -79,7 +85,7 @@ class Protection:
         assert self.targets is not None
         # In float32, these sums round by more than the threshold.
         weight = self._weight(torch.float64)
-        away: torch.Tensor = (weight @ self.probes.double() - self.targets).norm()
+        away: torch.Tensor = (weight @ self.probes - self.targets).norm()
         return away.div(ROUNDINGS * torch.finfo(self.layer.weight.dtype).eps * weight.norm())
 
     def restore_(self, distance: float) -> None:
@@ -89,7 +95,7 @@ class Protection:
             distance: how far it has moved, as `moved` gives it.
         """
         assert self.product is not None
-        # Reflections in float32 round by more than the threshold: a weight that stays would be brought back every step.
+        # Products in float32 round by more than the threshold: a weight that stays would be brought back every step.
         weight = self._weight(torch.float64 if distance < FAR else None)
         away = self.basis.components(weight) - self.product.to(weight.device)
         weight = weight - self.basis.expand(away)
@@ -102,16 +108,18 @@ class Protection:
         rows = grad.reshape(self.groups, -1, self.size).to(accumulation_dtype(grad.dtype))
         return self.basis.without(rows).reshape(grad.shape).to(grad.dtype)
 
-    def stored_bytes(self) -> tuple[int, int, int]:
-        """Bytes of the packed basis, the remembered product and the probes."""
-        remembered = (self.probes, self.targets)
-        probes = sum(tensor.nbytes for tensor in remembered if tensor is not None)
-        return self.basis.packed.nbytes, 0 if self.product is None else self.product.nbytes, probes
+    def stored_bytes(self) -> tuple[int, int]:
+        """Bytes of the stored directions and of the remembered product."""
+        return self.basis.stored_bytes, 0 if self.product is None else self.product.nbytes
+
+    def working_bytes(self) -> int:
+        """Bytes of what is made from these and held while training: orthonormal columns and probes."""
+        made = (self.basis.columns, self.probes, self.targets)
+        return sum(tensor.nbytes for tensor in made if tensor is not None)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as plain values and tensors."""
-        remembered = {"product": self.product, "probes": self.probes, "targets": self.targets}
-        return {**self.basis.state_dict(), **remembered}
+        return {**self.basis.state_dict(), "product": self.product, "seed": self.seed}
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Refuses what `state_dict` of another layer's gave.
@@ -120,23 +128,17 @@ class Protection:
             ValueError: it does not fit the layer.
         """
         self.basis.check_state(state)
-        rows = self.layer.weight.shape[0] // self.groups
-        shapes = {
-            "product": (self.groups, rows, max(state["counts"])),
-            "probes": (self.groups, self.size, min(max(state["counts"]), PROBES)),
-            "targets": (self.groups, rows, min(max(state["counts"]), PROBES)),
-        }
-        for name, shape in shapes.items():
-            if state[name] is not None and tuple(state[name].shape) != shape:
-                raise ValueError(f"{name} has shape {tuple(state[name].shape)}; expected {shape}")
+        product = state["product"]
+        shape = (self.groups, self.layer.weight.shape[0] // self.groups, int(state["pivots"].sum(1).max()))
+        if product is not None and tuple(product.shape) != shape:
+            raise ValueError(f"product has shape {tuple(product.shape)}; expected {shape}")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave and `check_state` found right."""
         self.basis.load_state_dict(state)
-        for name in ("product", "probes", "targets"):
-            device = self.basis.packed.device if name == "product" else self.layer.weight.device
-            tensor = state[name]
-            setattr(self, name, None if tensor is None else tensor.detach().to(device, copy=True))
+        product, self.seed = state["product"], int(state["seed"])
+        self.product = None if product is None else product.detach().to(self.basis.packed.device, copy=True)
+        self._make_probes()
 
     def _weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         weight = self.layer.weight.detach().reshape(self.groups, -1, self.size)

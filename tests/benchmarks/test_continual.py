@@ -200,7 +200,7 @@ def test_ours_keeps_old_directions_while_it_trains(images: Images) -> None:
         assert (moved @ kept[name]).norm() < 1e-6 * weight.norm()
         assert moved.norm() > 1e-3 * weight.norm()
     assert len(run.matrix) == len(run.memory) == len(run.held) == 2
-    assert run.memory[-1] == learner.memory().total
+    assert run.memory[-1] == learner.memory().stored
     run.learner.close()
 
 
