@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lance_kernels._ranks import ROUNDING, choose_ranks, cosine_kept, cosine_selected, limited, rule_for
+from lance_kernels._ranks import (
+    ROUNDING,
+    ROUNDING_SELECTED,
+    choose_ranks,
+    cosine_kept,
+    cosine_selected,
+    limited,
+    rule_for,
+)
 from lance_kernels.config import LanceConfig
 from lance_kernels.ops.pack_core import core_bytes
 from lance_kernels.ops.tucker import mode_product_flops
@@ -63,18 +71,41 @@ class Candidate(ABC):
         itemsize: bytes of a value of its dtype.
         bits: bits a value to choose from.
         weight: how many layers share the core, and its error.
+        config: limits on ranks, and what rounding counts.
+        rounding: gradient cosine lost to rounding, by bits.
     """
 
-    def __init__(self, name: str, size: Sequence[int], itemsize: int, bits: Sequence[int | None], weight: int) -> None:
+    rounding: Mapping[int | None, float] = ROUNDING
+
+    def __init__(
+        self,
+        name: str,
+        size: Sequence[int],
+        itemsize: int,
+        bits: Sequence[int | None],
+        weight: int,
+        config: LanceConfig,
+    ) -> None:
         self.name, self.size, self.itemsize, self.bits, self.weight = name, list(size), itemsize, tuple(bits), weight
+        self.config = config
+        share = config.rounding_weight
+        self.counted_rounding = {width: share * self.rounding[width] for width in self.bits}
 
     @abstractmethod
     def core_bytes(self, choice: Choice) -> int:
         """Bytes that a choice takes."""
 
     @abstractmethod
+    def cosine_kept(self, choice: Choice) -> float:
+        """Predicted gradient cosine of a choice before rounding."""
+
     def error(self, choice: Choice) -> float:
-        """Predicted gradient error of a choice."""
+        """Predicted gradient error of a choice: what lost energy and rounding lose together."""
+        return 1 - self.cosine_kept(choice) * (1 - self.rounding[choice[1]])
+
+    def loss(self, choice: Choice) -> float:
+        """What the plan makes small: the error, in which rounding counts by `config.rounding_weight`."""
+        return 1 - self.cosine_kept(choice) * (1 - self.counted_rounding[choice[1]])
 
     @abstractmethod
     def least(self) -> Choice:
@@ -82,7 +113,7 @@ class Candidate(ABC):
 
     @abstractmethod
     def best_at(self, price: float) -> Choice:
-        """The choice with the least error plus `price` times bytes."""
+        """The choice with the least loss plus `price` times bytes."""
 
     @abstractmethod
     def larger(self, choice: Choice) -> Iterable[Choice]:
@@ -109,8 +140,9 @@ class Candidate(ABC):
 class RankCandidate(Candidate):
     """A rank for every mode: the core is a box."""
 
-    def __init__(self, *common: Any, spectrum: Spectrum, config: LanceConfig, feature: int) -> None:
+    def __init__(self, *common: Any, spectrum: Spectrum, feature: int) -> None:
         super().__init__(*common)
+        config = self.config
         fixed = None
         if rule_for(self.name, len(self.size), config) is not None:
             fixed = choose_ranks(self.name, spectrum.eigenvalues, config)
@@ -135,10 +167,9 @@ class RankCandidate(Candidate):
         """Bytes of a core of these ranks."""
         return core_bytes(*choice, self.itemsize)
 
-    def error(self, choice: Choice) -> float:
-        """What the modes and the rounding lose together."""
-        ranks, width = choice
-        return 1 - math.prod(float(kept[rank]) for kept, rank in zip(self.kept, ranks)) * (1 - ROUNDING[width])
+    def cosine_kept(self, choice: Choice) -> float:
+        """What the modes leave together."""
+        return math.prod(float(kept[rank]) for kept, rank in zip(self.kept, choice[0]))
 
     def least(self) -> Choice:
         """The least ranks in the fewest bits."""
@@ -158,7 +189,7 @@ class RankCandidate(Candidate):
                     if ranks == before:
                         break
                 choice = (tuple(ranks), width)
-                found.append((self.weight * self.error(choice) + price * self.core_bytes(choice), choice))
+                found.append((self.weight * self.loss(choice) + price * self.core_bytes(choice), choice))
         return min(found, key=lambda entry: entry[0])[1]
 
     def _best_rank(self, ranks: Sequence[int], mode: int, width: int | None, price: float) -> int:
@@ -169,7 +200,7 @@ class RankCandidate(Candidate):
         others = self.weight * math.prod(
             float(self.kept[other][rank]) for other, rank in enumerate(ranks) if other != mode
         )
-        gain = others * (1 - ROUNDING[width]) * self.kept[mode][allowed] - price * each * allowed
+        gain = others * (1 - self.counted_rounding[width]) * self.kept[mode][allowed] - price * each * allowed
         return int(allowed[int(gain.argmax())])
 
     def larger(self, choice: Choice) -> Iterable[Choice]:
@@ -180,7 +211,7 @@ class RankCandidate(Candidate):
             if len(following):
                 yield (*ranks[:mode], int(following[0]), *ranks[mode + 1 :]), width
         for other in self.bits:
-            if ROUNDING[other] < ROUNDING[width]:
+            if self.rounding[other] < self.rounding[width]:
                 yield ranks, other
 
     def describe(self, choice: Choice) -> LayerPlan:
@@ -192,9 +223,11 @@ class RankCandidate(Candidate):
 class SelectionCandidate(Candidate):
     """The values of the core that are expected to be largest, whatever their modes."""
 
-    def __init__(self, *common: Any, spectrum: Spectrum, config: LanceConfig) -> None:
+    rounding = ROUNDING_SELECTED
+
+    def __init__(self, *common: Any, spectrum: Spectrum) -> None:
         super().__init__(*common)
-        self.spectrum, self.config = spectrum, config
+        self.spectrum = spectrum
         energies = expected_energies(spectrum, self._most_ranks())
         fractions = energies.flatten().sort(descending=True).values.cumsum(0)
         counts = np.unique(np.geomspace(1, len(fractions), GRID).round().astype(np.int64))
@@ -210,10 +243,9 @@ class SelectionCandidate(Candidate):
         """Bytes of that many values a sample."""
         return core_bytes((self.size[0], choice[0]), choice[1], self.itemsize)
 
-    def error(self, choice: Choice) -> float:
-        """What the lost energy and the rounding lose together."""
-        at = int(np.searchsorted(self.counts, choice[0]))
-        return 1 - float(self.kept[at]) * (1 - ROUNDING[choice[1]])
+    def cosine_kept(self, choice: Choice) -> float:
+        """What the lost energy leaves."""
+        return float(self.kept[int(np.searchsorted(self.counts, choice[0]))])
 
     def least(self) -> Choice:
         """One value in the fewest bits."""
@@ -225,7 +257,7 @@ class SelectionCandidate(Candidate):
         for width in self.bits:
             # Bytes are all but linear in the count.
             each = core_bytes((self.size[0], int(self.counts[-1])), width, self.itemsize) / self.counts[-1]
-            cost = self.weight * (1 - self.kept * (1 - ROUNDING[width])) + price * each * self.counts
+            cost = self.weight * (1 - self.kept * (1 - self.counted_rounding[width])) + price * each * self.counts
             at = int(cost.argmin())
             found.append((float(cost[at]), (int(self.counts[at]), width)))
         return min(found, key=lambda entry: entry[0])[1]
@@ -237,7 +269,7 @@ class SelectionCandidate(Candidate):
         if at < len(self.counts):
             yield int(self.counts[at]), width
         for other in self.bits:
-            if ROUNDING[other] < ROUNDING[width]:
+            if self.rounding[other] < self.rounding[width]:
                 yield count, other
 
     def describe(self, choice: Choice) -> LayerPlan:
@@ -317,9 +349,9 @@ def spend_rest(candidates: Sequence[Candidate], choices: list[Choice], budget: i
     while True:
         steps: list[tuple[float, int, Choice, int]] = []
         for index, candidate in enumerate(candidates):
-            here, cost = candidate.error(choices[index]), candidate.core_bytes(choices[index])
+            here, cost = candidate.loss(choices[index]), candidate.core_bytes(choices[index])
             for choice in candidate.larger(choices[index]):
-                extra, gain = candidate.core_bytes(choice) - cost, candidate.weight * (here - candidate.error(choice))
+                extra, gain = candidate.core_bytes(choice) - cost, candidate.weight * (here - candidate.loss(choice))
                 if extra <= left and gain > 0:
                     steps.append((gain / max(extra, 1e-9), index, choice, extra))
         if not steps:

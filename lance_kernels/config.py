@@ -32,6 +32,9 @@ class LanceConfig:
         rank_multiple: ranks of modes of size 64 or more are rounded up to a multiple of this.
         budget_bytes: most bytes the cores of a batch of the calibration's size may take together; ranks and bits are
             then chosen by `plan`, `energy` and the width of `core_bits` are not used (None still means no rounding).
+        rounding_weight: what `plan` counts an error of rounding beside one of lost directions, in (0, 1]. Rounding errs
+            differently in every step and averages out, a direction that no factor has is lost in all of them: 0.2 gives
+            the best accuracy found, 1 the highest gradient cosine of a single step.
 
     Raises:
         ValueError: a value is out of its range.
@@ -47,6 +50,7 @@ class LanceConfig:
     max_rank: int | None = None
     rank_multiple: int = 1
     budget_bytes: int | None = None
+    rounding_weight: float = 0.2
 
     def __post_init__(self) -> None:
         _require(0 < self.energy <= 1, "energy", self.energy, "a number in (0, 1]")
@@ -61,6 +65,7 @@ class LanceConfig:
         _require(self.max_rank is None or self.max_rank >= 1, "max_rank", self.max_rank, "at least 1, or None")
         _require(self.rank_multiple >= 1, "rank_multiple", self.rank_multiple, "at least 1")
         _require(self.budget_bytes is None or self.budget_bytes >= 1, "budget_bytes", self.budget_bytes, "at least 1")
+        _require(0 < self.rounding_weight <= 1, "rounding_weight", self.rounding_weight, "a number in (0, 1]")
         for name, patterns in (("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)):
             _require(not isinstance(patterns, str), name, patterns, "a sequence of patterns, not one string")
             for pattern in patterns or ():

@@ -103,8 +103,9 @@ def plan(
     energy of one is the product of its modes' eigenvalues. Losing the fraction `t` of the energy, it has the error
     `1 - exp(-(a t + b t^3)) (1 - q)`, `q` for the bits. Other layers, and those that a rank pattern names, get ranks:
     modes that keep the fractions `k_n` give `1 - prod(exp(-w_n (1 - k_n)^1.5)) (1 - q)`, with a larger `w_n` for the
-    feature mode than for positions. The sum of the errors is minimised: for a price of a byte every layer has its own
-    best choice; the price is found by bisection, and what is left of the budget goes where it gains most.
+    feature mode than for positions. The sum of the errors is minimised, with `q` counted `config.rounding_weight`
+    times: for a price of a byte every layer has its own best choice; the price is found by bisection, and what is left
+    of the budget goes where it gains most.
 
     Args:
         model: a compressed model.
@@ -112,7 +113,7 @@ def plan(
         budget_bytes: most bytes the layers' cores may take together, scales included.
         batch_size: samples the bytes are for; by default those of the first calibration batch.
         bits: bits a value to choose from; None is the dtype of the weights.
-        config: limits and patterns on ranks; by default the layers' own.
+        config: limits and patterns on ranks, and `rounding_weight`; by default the layers' own.
 
     Returns:
         The plan; its `apply` puts it into effect.
@@ -169,8 +170,8 @@ def _candidate(
     size = list(spectrum.size)
     if batch_size is not None and len(size) > 1:
         size[0] = batch_size
-    common = (name, size, layer.weight.element_size(), bits, weight)
+    common = (name, size, layer.weight.element_size(), bits, weight, config)
     if selectable(spectrum) and rule_for(name, len(size), config) is None:
-        return SelectionCandidate(*common, spectrum=spectrum, config=config)
+        return SelectionCandidate(*common, spectrum=spectrum)
     feature = 1 if hasattr(layer, "batched_dim") else len(size) - 1
-    return RankCandidate(*common, spectrum=spectrum, config=config, feature=feature)
+    return RankCandidate(*common, spectrum=spectrum, feature=feature)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import lance_kernels as lance
 from lance_kernels._candidates import selectable
-from lance_kernels._ranks import ROUNDING, choose_ranks, cosine_kept, cosine_selected, energy_rank
+from lance_kernels._ranks import ROUNDING, ROUNDING_SELECTED, choose_ranks, cosine_kept, cosine_selected, energy_rank
 from lance_kernels.ops.pack_core import packed_bytes
 
 
@@ -90,13 +90,16 @@ def test_plan_stays_within_its_budget_and_says_what_is_held(share):
 
 def test_more_budget_never_predicts_more_error():
     model, calibration, _ = budgeted()
-    errors = [lance.plan(model, calibration, budget).predicted_error for budget in (600, 1200, 5000, 20000, 100000)]
+    config = lance.LanceConfig(rounding_weight=1.0)
+    budgets = (600, 1200, 5000, 20000, 100000)
+    errors = [lance.plan(model, calibration, budget, config=config).predicted_error for budget in budgets]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.002 < errors[0]
 
 
 def test_plan_beats_every_single_energy_and_width_by_its_own_measure():
     model, calibration, _ = budgeted()
+    by_cosine = lance.LanceConfig(rounding_weight=1.0)
     for energy in (0.5, 0.7, 0.9):
         for width in (8, 4, 2):
             error = size = 0.0
@@ -109,12 +112,25 @@ def test_plan_beats_every_single_energy_and_width_by_its_own_measure():
                         share = np.array(float(values[:rank].sum() / values.sum()))
                         kept *= float(cosine_kept(share, mode == feature))
                         energy_kept *= float(share)
+                rounding = ROUNDING
                 if selectable(spectrum):
-                    kept = float(cosine_selected(np.array(1 - energy_kept)))
+                    kept, rounding = float(cosine_selected(np.array(1 - energy_kept))), ROUNDING_SELECTED
                 full = [extent if rank is None else rank for rank, extent in zip(ranks, spectrum.size)]
                 size += packed_bytes(full, width)
-                error += 1 - kept * (1 - ROUNDING[width])
-            assert lance.plan(model, calibration, int(size)).predicted_error * 3 <= error + 1e-9
+                error += 1 - kept * (1 - rounding[width])
+            planned = lance.plan(model, calibration, int(size), config=by_cosine)
+            assert planned.predicted_error * 3 <= error + 1e-9
+
+
+def test_rounding_that_counts_less_buys_more_values_in_fewer_bits():
+    model, calibration, _ = budgeted()
+    by_cosine, by_accuracy = (
+        lance.plan(model, calibration, 1200, config=lance.LanceConfig(rounding_weight=weight)) for weight in (1.0, 0.2)
+    )
+    assert by_cosine.predicted_error <= by_accuracy.predicted_error
+    widths = [[layer.core_bits or 32 for layer in planned.layers.values()] for planned in (by_cosine, by_accuracy)]
+    assert sum(widths[1]) < sum(widths[0])
+    assert lance.plan(model, calibration, 1200).to_dict() == by_accuracy.to_dict()
 
 
 def test_plan_can_be_worked_out_by_hand():

@@ -32,7 +32,7 @@ def least_budget(name: str, context: Context) -> list[Row]:
     images, loss = everything[:count], loss_of(torch.arange(count) % 10)
     start = prepared(name, images, "frozen")
     model = copy.deepcopy(start)
-    lance.compress_(model, lance.LanceConfig())
+    lance.compress_(model, lance.LanceConfig(rounding_weight=1.0))
     calibration = lance.calibrate(model, [everything[count : 2 * count], everything[2 * count :]], progress=False)
     dense = dense_bytes(calibration)
 

@@ -28,7 +28,8 @@ GAINS = {0.7: 0.09, 0.85: 0.06}
 CONFIGS = {
     PUBLISHED: lance.LanceConfig.published(),
     ONE_ENERGY: lance.LanceConfig(companions="none"),
-    PLANNED: lance.LanceConfig(companions="none"),
+    # Judged by its cosine here.
+    PLANNED: lance.LanceConfig(companions="none", rounding_weight=1.0),
 }
 BATCH = 64
 
