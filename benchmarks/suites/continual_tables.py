@@ -168,13 +168,14 @@ def tables(rows: list[Row]) -> list[Table]:
 
 
 WORDS = (
-    "Differences are means over paired seeds with 95% intervals (Student's t); a target holds for the lower bound, for "
-    "curves for the mean. Ratios of bytes are the largest of any seed. A step is timed, and bytes held are counted, at "
-    "the beginning of the last task (bytes also at that of the first, the larger is shown), methods in turns. lance "
-    "keeps cores of energy 0.99 in 4 bits. Task memory: Fisher information and weighted parameters (EWC), images "
-    "(replay), bases (GPM, published LANCE), packed bases and remembered products (lance). Working memory is made from "
-    "it and held while training: projections (GPM), orthonormal columns and probes (lance). GPM's curve is "
-    "interpolated over the logarithm of bytes, and level beyond its ends."
+    "Differences are means over paired seeds with 95% intervals (Student's t); a target holds for the lower bound, "
+    "for curves for the mean. Ratios of bytes are the largest of any seed. A step is timed, and bytes held are "
+    "counted, at the beginning of the last task (bytes also at that of the first, the larger is shown), methods in "
+    "turns. lance keeps cores of energy 0.99 in 4 bits, on Split CIFAR-10 of energy 0.997 in 8 bits. Task memory: "
+    "Fisher information and weighted parameters (EWC), images (replay), bases (GPM, published LANCE), packed bases "
+    "and remembered products (lance). Working memory is made from it and held while training: projections (GPM), "
+    "orthonormal columns and probes (lance). GPM's curve is interpolated over the logarithm of bytes, and level "
+    "beyond its ends."
 )
 
 
