@@ -1,3 +1,4 @@
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -278,53 +279,64 @@ void pool_channels(const Window& window, const T* x, T* y, uint8_t* offsets) {
   });
 }
 
-// Input positions of a window's kernel positions, relative to where the window starts.
-std::vector<int64_t> window_positions(const Window& window) {
-  std::vector<int64_t> positions;
+// Input positions by window offset, relative to where the window starts. An offset that is not the pooling's own may
+// stand for any byte: those beyond the window's come to lie outside of every input.
+std::array<int64_t, 256> window_positions(const Window& window) {
+  std::array<int64_t, 256> positions;
+  positions.fill(std::numeric_limits<int64_t>::min() / 2);
+  int64_t offset = 0;
   for (int64_t d = 0; d < window.kernel[0]; ++d) {
     for (int64_t r = 0; r < window.kernel[1]; ++r) {
       for (int64_t c = 0; c < window.kernel[2]; ++c) {
         const int64_t row = d * window.dilation[0] * window.size[1] + r * window.dilation[1];
-        positions.push_back(row * window.size[2] + c * window.dilation[2]);
+        positions[offset++] = row * window.size[2] + c * window.dilation[2];
       }
     }
   }
   return positions;
 }
 
-inline int64_t window_start(const Window& window, const Reach& depth, const Reach& row, const Reach& column) {
-  return (depth.start * window.size[1] + row.start) * window.size[2] + column.start;
-}
-
-// Whether a window offset stands for an input position at all: one that is not the pooling's own may stand for any.
-inline bool inside(const std::vector<int64_t>& positions, int64_t start, uint8_t offset, int64_t inputs) {
-  if (offset >= positions.size()) {
-    return false;
+// Where the window of each output starts.
+std::vector<int64_t> window_starts(const Window& window) {
+  std::vector<int64_t> starts;
+  for (int64_t d = 0; d < window.out[0]; ++d) {
+    const int64_t depth = (d * window.stride[0] - window.padding[0]) * window.size[1];
+    for (int64_t r = 0; r < window.out[1]; ++r) {
+      const int64_t row = (depth + r * window.stride[1] - window.padding[1]) * window.size[2];
+      for (int64_t c = 0; c < window.out[2]; ++c) {
+        starts.push_back(row + c * window.stride[2] - window.padding[2]);
+      }
+    }
   }
-  const int64_t position = start + positions[offset];
-  return position >= 0 && position < inputs;
+  return starts;
 }
 
 // Sums of 16-bit dtypes are rounded at each step where ATen rounds them. Returns whether all offsets were inside.
 template <typename T>
 bool grad_planes(const Window& window, const T* grad, const uint8_t* offsets, T* grad_x) {
-  const std::vector<int64_t> positions = window_positions(window);
+  const std::array<int64_t, 256> positions = window_positions(window);
+  const std::vector<int64_t> starts = window_starts(window);
+  const int64_t outputs = window.outputs();
+  const int64_t inputs = window.inputs();
   std::atomic<bool> right{true};
   parallel_for(0, window.batch * window.channels, 1, [&](int64_t begin, int64_t end) {
+    bool inside = true;
     for (int64_t plane = begin; plane < end; ++plane) {
-      const T* from = grad + plane * window.outputs();
-      const uint8_t* at = offsets + plane * window.outputs();
-      T* to = grad_x + plane * window.inputs();
-      std::fill_n(to, window.inputs(), T(0));
-      each_output(window, [&](int64_t output, const Reach& depth, const Reach& row, const Reach& column) {
-        const int64_t start = window_start(window, depth, row, column);
-        if (!inside(positions, start, at[output], window.inputs())) {
-          right = false;
-          return;
+      const T* from = grad + plane * outputs;
+      const uint8_t* at = offsets + plane * outputs;
+      T* to = grad_x + plane * inputs;
+      std::fill_n(to, inputs, T(0));
+      for (int64_t output = 0; output < outputs; ++output) {
+        const int64_t position = starts[output] + positions[at[output]];
+        if (static_cast<uint64_t>(position) < static_cast<uint64_t>(inputs)) {
+          to[position] = static_cast<T>(to[position] + from[output]);
+        } else {
+          inside = false;
         }
-        T& sum = to[start + positions[at[output]]];
-        sum = static_cast<T>(sum + from[output]);
-      });
+      }
+    }
+    if (!inside) {
+      right = false;
     }
   });
   return right;
@@ -332,26 +344,33 @@ bool grad_planes(const Window& window, const T* grad, const uint8_t* offsets, T*
 
 template <typename T>
 bool grad_channels(const Window& window, const T* grad, const uint8_t* offsets, T* grad_x) {
-  const std::vector<int64_t> positions = window_positions(window);
-  std::atomic<bool> right{true};
+  const std::array<int64_t, 256> positions = window_positions(window);
+  const std::vector<int64_t> starts = window_starts(window);
+  const int64_t outputs = window.outputs();
+  const int64_t inputs = window.inputs();
   const int64_t channels = window.channels;
+  std::atomic<bool> right{true};
   parallel_for(0, window.batch, 1, [&](int64_t begin, int64_t end) {
+    bool inside = true;
     for (int64_t image = begin; image < end; ++image) {
-      T* to = grad_x + image * window.inputs() * channels;
-      std::fill_n(to, window.inputs() * channels, T(0));
-      each_output(window, [&](int64_t output, const Reach& depth, const Reach& row, const Reach& column) {
-        const T* from = grad + (image * window.outputs() + output) * channels;
-        const uint8_t* at = offsets + (image * window.outputs() + output) * channels;
-        const int64_t start = window_start(window, depth, row, column);
+      const T* from = grad + image * outputs * channels;
+      const uint8_t* at = offsets + image * outputs * channels;
+      T* to = grad_x + image * inputs * channels;
+      std::fill_n(to, inputs * channels, T(0));
+      for (int64_t output = 0; output < outputs; ++output, from += channels, at += channels) {
         for (int64_t channel = 0; channel < channels; ++channel) {
-          if (!inside(positions, start, at[channel], window.inputs())) {
-            right = false;
-            continue;
+          const int64_t position = starts[output] + positions[at[channel]];
+          if (static_cast<uint64_t>(position) < static_cast<uint64_t>(inputs)) {
+            T& sum = to[position * channels + channel];
+            sum = static_cast<T>(sum + from[channel]);
+          } else {
+            inside = false;
           }
-          T& sum = to[(start + positions[at[channel]]) * channels + channel];
-          sum = static_cast<T>(sum + from[channel]);
         }
-      });
+      }
+    }
+    if (!inside) {
+      right = false;
     }
   });
   return right;
