@@ -43,8 +43,14 @@ build/torchvision: | $(INSTALLED)
 	$(PY) -m pip install -q --no-deps --target $@.part $(TORCHVISION)
 	mv $@.part $@
 
+build/avalanche: tests/integrations/avalanche.txt | $(INSTALLED)
+	rm -rf $@ $@.part
+	$(PY) -m pip install -q --no-deps --target $@.part -r $<
+	mv $@.part $@
+	touch $@
+
 # Threads that wait in a spin starve the other test process.
-test: build build/torchvision
+test: build build/torchvision build/avalanche
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
 
 lint: $(INSTALLED)

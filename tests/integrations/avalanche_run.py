@@ -1,0 +1,62 @@
+"""`python -m tests.integrations.avalanche_run`: `NullSpacePlugin` in the real Avalanche; prints "held" at its end.
+
+A process of its own, for Avalanche imports torchvision, whose wheel changes what others import beside a PyTorch for the
+CPU. Avalanche also imports a logger's client, which is not needed here and stands empty.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from tests.integrations.loops import ARGUMENTS, Watch, data, network
+
+ROOT = Path(__file__).parents[2]
+
+
+class Labelled(TensorDataset):
+    def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        super().__init__(x, y)
+        self.targets = y.tolist()
+
+
+def main() -> None:
+    sys.path += [str(ROOT / "build" / "avalanche"), str(ROOT / "build" / "torchvision")]
+    sys.modules["wandb"] = types.ModuleType("wandb")
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from avalanche.benchmarks import benchmark_from_datasets
+    from avalanche.benchmarks.utils import as_classification_dataset
+    from avalanche.training.supervised import Naive
+
+    from lance_kernels.integrations.avalanche import NullSpacePlugin
+
+    sets = [as_classification_dataset(Labelled(*data(task))) for task in range(2)]
+    model, plugin = network(), NullSpacePlugin(**ARGUMENTS)
+    strategy = Naive(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), 0.05, weight_decay=0.1),
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=8,
+        train_epochs=2,
+        plugins=[plugin],
+    )
+    first, second = benchmark_from_datasets(train=sets, test=sets).train_stream
+    strategy.train(first)
+    assert plugin.learner is not None
+    watch = Watch(plugin.learner)
+    strategy.train(second)
+    watch.check()
+    plugin.close()
+    assert type(model[0]) is nn.Linear
+    print("held")
+
+
+if __name__ == "__main__":
+    main()
