@@ -88,6 +88,21 @@ def split_classes(name: str, images: Images, classes: int, seed: int) -> Tasks:
     return Tasks(name, [Task(_listed(group), _of(train, group), _of(test, group)) for group in groups], classes, True)
 
 
+def one_after_the_other(name: str, images: Images, classes: int, seed: int) -> Tasks:
+    """Tasks of consecutive classes, in an order of the tasks drawn from `seed`: data sets that were put in a row.
+
+    Args:
+        name: name of the sequence.
+        images: the data sets, `classes` classes each.
+        classes: classes a task.
+        seed: of the order.
+    """
+    train, test = _standardized(images)
+    order = torch.randperm(images.classes // classes, generator=torch.Generator().manual_seed(seed)).tolist()
+    groups = [list(range(classes * place, classes * (place + 1))) for place in order]
+    return Tasks(name, [Task(_listed(group), _of(train, group), _of(test, group)) for group in groups], classes, True)
+
+
 def permuted(name: str, images: Images, count: int, seed: int) -> Tasks:
     """The whole data set under `count` permutations of the pixels, the first of them the identity.
 

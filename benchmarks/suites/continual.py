@@ -1,7 +1,7 @@
 """Suite `continual`: tasks one after the other, every method from the same start, a case for each seed.
 
-Split CIFAR-10 and permuted MNIST need their data file (`--data`); split digits come with scikit-learn. A case whose
-data was not given measures nothing and keeps the rows it has.
+All sequences but split digits, which come with scikit-learn, need their data (`--data`, a file or a folder). A case
+whose data was not given measures nothing and keeps the rows it has.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 import lance_kernels as lance
 from benchmarks.continual import metrics
 from benchmarks.continual.methods import ElasticWeights, Joint, Learner, Replay
-from benchmarks.continual.networks import MultiHead, alexnet_like, convolutional, perceptron
+from benchmarks.continual.networks import MultiHead, alexnet_like, convolutional, perceptron, reduced_resnet18
 from benchmarks.continual.projection import GradientProjection, NullSpace, PublishedLance
-from benchmarks.continual.tasks import Tasks, permuted, split_classes, subset
+from benchmarks.continual.tasks import Tasks, one_after_the_other, permuted, split_classes, subset
 from benchmarks.continual.training import Make, Run, Setting, held_by, test
 from benchmarks.data import Images, load
 from benchmarks.finetune import Recipe
@@ -72,8 +72,12 @@ class Experiment:
     config: lance.LanceConfig = field(default_factory=lambda: lance.LanceConfig(energy=0.99))
 
 
-def _pairs(name: str, images: Images, seed: int) -> Tasks:
-    return split_classes(name, images, 2, seed)
+def _groups(classes: int, name: str, images: Images, seed: int) -> Tasks:
+    return split_classes(name, images, classes, seed)
+
+
+def _sets(name: str, images: Images, seed: int) -> Tasks:
+    return one_after_the_other(name, images, 10, seed)
 
 
 def _permutations(count: int, name: str, images: Images, seed: int) -> Tasks:
@@ -90,7 +94,7 @@ EXPERIMENTS = {
             "digits",
             None,
             None,
-            _pairs,
+            partial(_groups, 2),
             partial(convolutional, widths=(16, 32)),
             Recipe(10, 32, 0.02, 0.9, 0.0),
             300.0,
@@ -100,7 +104,7 @@ EXPERIMENTS = {
             "CIFAR-10",
             500,
             200,
-            _pairs,
+            partial(_groups, 2),
             partial(convolutional, widths=(16, 32, 32)),
             Recipe(3, 64, 0.02, 0.9, 0.0),
             300.0,
@@ -115,6 +119,37 @@ EXPERIMENTS = {
             partial(perceptron, widths=(256, 256)),
             Recipe(1, 64, 0.1, 0.0, 0.0),
             10.0,
+        ),
+        # The sequences, networks and settings of the papers (arXiv 2103.09762, 2509.21617), for whoever has the data.
+        Experiment(
+            "Split CIFAR-100",
+            "CIFAR-100",
+            None,
+            None,
+            partial(_groups, 10),
+            alexnet_like,
+            Recipe(200, 64, 0.01, 0.0, 0.0),
+            5000.0,
+        ),
+        Experiment(
+            "Split MiniImageNet",
+            "MiniImageNet",
+            None,
+            None,
+            partial(_groups, 5),
+            reduced_resnet18,
+            Recipe(100, 64, 0.1, 0.0, 0.0),
+            5000.0,
+        ),
+        Experiment(
+            "5-Datasets",
+            "5-Datasets",
+            None,
+            None,
+            _sets,
+            reduced_resnet18,
+            Recipe(100, 64, 0.1, 0.0, 0.0),
+            5000.0,
         ),
     )
 }

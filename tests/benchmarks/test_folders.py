@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import pickle
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,11 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+from benchmarks.continual.projection import NullSpace
+from benchmarks.continual.training import Run
 from benchmarks.data import DataError, load
 from benchmarks.folders import read_folder
+from benchmarks.suites import continual
 
 CLASSES = 4
 
@@ -23,14 +29,14 @@ def photograph(file: Path, value: int, size: tuple[int, int] = (40, 30)) -> None
     Image.new("RGB", size, (value, 0, 255 - value)).save(file)
 
 
-def cifar(folder: Path, hundred: bool) -> None:
+def cifar(folder: Path, hundred: bool, classes: int = CLASSES) -> None:
     folder.mkdir()
     files = ["train", "test"] if hundred else [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     for number, file in enumerate(files):
-        data = np.full((CLASSES, 3072), number, dtype=np.uint8)
-        data[:, 1024] = 100 + np.arange(CLASSES)  # first pixel of the second channel
+        data = np.full((classes, 3072), number, dtype=np.uint8)
+        data[:, 1024] = 100 + np.arange(classes)  # first pixel of the second channel
         key = b"fine_labels" if hundred else b"labels"
-        (folder / file).write_bytes(pickle.dumps({b"data": data, key: list(range(CLASSES))}))
+        (folder / file).write_bytes(pickle.dumps({b"data": data, key: list(range(classes))}))
     if hundred:
         (folder / "meta").write_bytes(pickle.dumps({}))
 
@@ -95,6 +101,90 @@ def test_photographs(tmp_path: Path, name: str) -> None:
         assert torch.allclose(red, 60.0 * split.labels, atol=4)  # JPEG rounds
     first, second = images.halves()
     assert (first.classes, second.classes) == (2, 2)
+
+
+def mini_imagenet(folder: Path, classes: int = CLASSES) -> None:
+    for label in range(classes):
+        part = ("train", "val", "test", "test")[label % 4]
+        for number in range(6):
+            photograph(folder / part / f"n{label:04d}" / f"{number}.jpg", 250 * label // classes)
+
+
+def idx(file: Path, values: np.ndarray, packed: bool) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
+    content = bytes([0, 0, 8, values.ndim]) + sizes + values.astype(np.uint8).tobytes()
+    target = file.with_name(f"{file.name}.gz") if packed else file
+    target.write_bytes(gzip.compress(content) if packed else content)
+
+
+def five(folder: Path) -> None:
+    folder.mkdir()
+    cifar(folder / "cifar10", False, classes=10)
+    labels = np.arange(10)
+    for kind in ("mnist", "fashionmnist"):
+        for part in ("train", "t10k"):
+            idx(folder / kind / f"{part}-images-idx3-ubyte", np.full((10, 28, 28), 50) + labels[:, None, None], True)
+            idx(folder / kind / f"{part}-labels-idx1-ubyte", labels, False)
+    (folder / "svhn").mkdir()
+    for part in ("train", "test"):
+        images = np.zeros((32, 32, 3, 10), dtype=np.uint8) + labels.astype(np.uint8)
+        savemat(folder / "svhn" / f"{part}_32x32.mat", {"X": images, "y": np.where(labels == 0, 10, labels)[:, None]})
+        part = part.capitalize()
+        for letter in "ABCDEFGHIJ":
+            photograph(folder / "notmnist" / part / letter / "one.png", 90, (28, 28))
+        (folder / "notmnist" / part / "A" / "broken.png").write_bytes(b"no image")
+
+
+def test_mini_imagenet_splits_every_class(tmp_path: Path) -> None:
+    mini_imagenet(tmp_path / "mini")
+    images = load(tmp_path)
+    assert images.name == "MiniImageNet"
+    assert images.train.images.shape == (5 * CLASSES, 3, 84, 84)
+    assert images.test.labels.tolist() == [0, 1, 2, 3]  # of train, val, test, test
+    red = images.test.images[:, 0].mean((1, 2)) * 255
+    assert torch.allclose(red, torch.tensor([0.0, 62.0, 125.0, 187.0]), atol=4)
+
+
+def test_five_data_sets_in_a_row(tmp_path: Path) -> None:
+    five(tmp_path / "five")
+    images = load(tmp_path / "five")
+    assert (images.name, images.classes) == ("5-Datasets", 50)
+    assert images.test.images.shape == (50, 3, 32, 32)
+    assert images.test.labels.tolist() == list(range(50))
+    assert len(images.train.labels) == 5 * 10 + 4 * 10  # CIFAR-10 has five batches
+    mnist, svhn, letters = images.test.images[13], images.test.images[27], images.test.images[30]
+    assert mnist[:, 16, 16].tolist() == pytest.approx([53 / 255] * 3)
+    assert mnist[:, :2].abs().max() == 0
+    assert svhn[0, 0, 0].item() == pytest.approx(7 / 255)
+    assert letters[0, 16, 16].item() == pytest.approx(letters[1, 16, 16].item())
+    (tmp_path / "five" / "mnist" / "t10k-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\x0b1234")
+    with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte: 12 bytes, sizes \[11\]; expected an idx file"):
+        load(tmp_path / "five")
+
+
+@pytest.mark.parametrize("name", ["Split CIFAR-100", "Split MiniImageNet", "5-Datasets"])
+def test_sequences_of_the_papers_train_on_their_folders(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "data"
+    if name == "5-Datasets":
+        five(folder)
+    elif name == "Split MiniImageNet":
+        mini_imagenet(folder, classes=20)
+    else:
+        cifar(folder, True, classes=20)
+    experiment, images = continual.EXPERIMENTS[name], load(folder)
+    experiment = replace(experiment, network=partial(experiment.network, width=4))
+    assert images.name == experiment.data
+    setting = continual.setting_of(experiment, images, 0, quick=True)
+    assert setting.tasks.classes == (5 if name == "Split MiniImageNet" else 10)
+    run = Run(setting, "ours", partial(NullSpace, energy=0.9, config=experiment.config))
+    run.begin(0)
+    start = [p.detach().clone() for p in run.model.parameters()]
+    run.finish(0)
+    run.begin(1)
+    assert any(not torch.equal(now, then) for now, then in zip(run.model.parameters(), start))
+    assert run.memory[0] > 0
+    run.learner.close()
 
 
 def test_unknown_folder_says_what_was_expected(tmp_path: Path) -> None:
