@@ -80,7 +80,7 @@ def compress_(
         if not _is_candidate(module):
             continue
         reason = _reason_to_leave(module, name, config, filter_fn)
-        if reason is None and _is_dtensor(module.weight) and not fully_sharded(model):
+        if reason is None and is_dtensor(module.weight) and not fully_sharded(model):
             reason = "tensor parallel (its weight is a DTensor)"
         if reason is not None:
             summary.left[name] = reason
@@ -148,7 +148,8 @@ def fully_sharded(model: nn.Module) -> bool:
     return any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
 
 
-def _is_dtensor(tensor: object) -> bool:
+def is_dtensor(tensor: object) -> bool:
+    """Whether a tensor is a `DTensor`, told by its name: `torch.distributed.tensor` is not imported for it."""
     return type(tensor).__name__ == "DTensor"
 
 

@@ -79,6 +79,41 @@ def batches(value=1.0):
     return [torch.full((4, 6), value)]
 
 
+def learner(model=None, **arguments):
+    model = nn.Linear(6, 3) if model is None else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return lance.continual.NullSpaceLearner(model, optimizer, **{"progress": False, **arguments})
+
+
+def tasks(*calls, closed=False, **arguments):
+    made = learner(**arguments)
+    if closed:
+        made.close()
+    for call in calls:
+        getattr(made, call)([torch.randn(9, 6)])
+
+
+class DTensor(torch.Tensor):
+    """Has the name by which a sharded tensor is known."""
+
+
+def sharded():
+    model = nn.Linear(6, 3)
+    model.weight = nn.Parameter(model.weight.detach().as_subclass(DTensor))
+    learner(model)
+
+
+def unreached():
+    model = nn.ModuleDict({"used": nn.Linear(6, 3), "idle": nn.Linear(6, 3)})
+    model.forward = lambda x: model["used"](x)
+    learner(model).begin_task(batches())
+
+
+def damaged_learner(folder):
+    (folder / "file").write_text("no")
+    learner().load(folder / "file")
+
+
 CASES = {
     "LanceConfig: ": lambda: lance.LanceConfig(energy=2.0),
     "rank_pattern gives ": lambda: calibrated(rank_pattern={"0": (1, 2, 3)}),
@@ -102,6 +137,21 @@ CASES = {
     "lance_kernels: this state does not fit the model": hostile_state,
     "plain_state_dict: dropped ": lambda: lance.plain_state_dict(calibrated()[0].state_dict()),
     "lance_kernels: torch.func transforms": lambda: torch.func.vmap(calibrated()[0])(torch.randn(2, 9, 6)),
+    "NullSpaceLearner: energy is ": lambda: learner(energy=2.0),
+    "NullSpaceLearner: optimizer is a ": lambda: lance.continual.NullSpaceLearner(nn.Linear(6, 3), 3),
+    "NullSpaceLearner: config is a ": lambda: learner(config=3),
+    "NullSpaceLearner: config.budget_bytes is ": lambda: learner(config=lance.LanceConfig(budget_bytes=9)),
+    "NullSpaceLearner: model has no trainable linear or convolution layer": lambda: learner(nn.Bilinear(6, 6, 3)),
+    "NullSpaceLearner: the parameter ": sharded,
+    "NullSpaceLearner.begin_task: a task has begun": lambda: tasks("begin_task", "begin_task"),
+    "NullSpaceLearner.end_task: no task has begun": lambda: tasks("end_task"),
+    "NullSpaceLearner: loader gave no batch": lambda: learner().begin_task([]),
+    "NullSpaceLearner: layer ": lambda: learner().begin_task(batches(torch.nan)),
+    "NullSpaceLearner: closed": lambda: tasks("begin_task", closed=True),
+    "NullSpaceLearner: no batch reached ": unreached,
+    "NullSpaceLearner: no direction is free in ": lambda: tasks("begin_task", "end_task", energy=1.0),
+    "NullSpaceLearner.load_state_dict: ": lambda: learner().load_state_dict({}),
+    "NullSpaceLearner.load: ": damaged_learner,
     "lance::linear is differentiable once": second_derivative,
     "lance::linear: ": lambda: lance.ops.linear(torch.randn(2, 6), torch.randn(3, 5), None, [None, None]),
 }
@@ -113,7 +163,7 @@ def test_the_page_lists_what_is_raised():
 
 @pytest.mark.parametrize("message", CASES)
 def test_raises(message, tmp_path):
-    arguments = (tmp_path,) if message == "Calibration.load: " else ()
+    arguments = (tmp_path,) if message.endswith(".load: ") else ()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         with pytest.raises((ValueError, TypeError, RuntimeError, UserWarning), match=re.escape(message)) as caught:

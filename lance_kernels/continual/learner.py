@@ -21,7 +21,7 @@ from lance_kernels.continual.gather import Found, Gatherer, protected_directions
 from lance_kernels.continual.layers import PatchConvolution, PatchFactors, keep_patches_
 from lance_kernels.continual.policy import After, Policy
 from lance_kernels.continual.protection import Protection
-from lance_kernels.convert import Summary, compress_, compressed_layers, revert_
+from lance_kernels.convert import Summary, compress_, compressed_layers, is_dtensor, revert_
 from lance_kernels.nn._compressed import CompressedLayer
 from lance_kernels.nn._state import absolute_name
 from lance_kernels.ops._checks import FLOATING
@@ -174,6 +174,9 @@ class NullSpaceLearner:
         config = LanceConfig() if config is None else config
         _check_arguments(optimizer, energy, config, heads, after_first_task, max_batches, basis_dtype)
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        sharded = [name for name, p in self.model.named_parameters() if is_dtensor(p)]
+        if sharded:
+            raise ValueError(f"NullSpaceLearner: the parameter {sharded[0]!r} is a DTensor; expected a local tensor")
         self.optimizer, self.energy = optimizer, energy
         self.max_batches, self.progress = max_batches, progress
         self.tasks = 0
@@ -192,9 +195,6 @@ class NullSpaceLearner:
                 self._compression.left[name] = "a head"
             elif id(layer.weight) in shared:
                 self._compression.left[name] = "its weight is used elsewhere too"
-            elif type(layer.weight).__name__ == "DTensor":
-                revert_(self.model)
-                raise ValueError(f"NullSpaceLearner: the weight of {name!r} is a DTensor; expected a local tensor")
             else:
                 keep_patches_(layer)
                 self._protected[name] = Protection(layer, basis_dtype, device)
