@@ -27,6 +27,8 @@ from lance_kernels.ops.tucker import mode_product_flops
 if TYPE_CHECKING:
     from lance_kernels.calibrate import Spectrum
 
+# Share by which the energy that a selection loses may grow for fewer operations.
+NARROWING = 0.02
 # Counts of values that a selection is tried with, evenly spaced in their logarithm.
 GRID = 400
 
@@ -273,12 +275,39 @@ class SelectionCandidate(Candidate):
                 yield count, other
 
     def describe(self, choice: Choice) -> LayerPlan:
-        """The count, and the least ranks that hold the values."""
-        lengths = selection(self.spectrum, self._most_ranks(), choice[0])
-        used = lengths.nonzero()
-        box = [*(used.max(0).values + 1).tolist(), int(lengths.max())] if lengths.dim() else [int(lengths)]
-        ranks = [limited(rank, size, self.config) for rank, size in zip(box, self.size[1:])]
-        return self._plan([None, *ranks], choice[0], choice)
+        """The count, and ranks of few operations that hold it."""
+        ranks = self._narrowed(choice[0])
+        return self._plan(
+            [None, *(limited(rank, size, self.config) for rank, size in zip(ranks, self.size[1:]))], choice[0], choice
+        )
+
+    def _narrowed(self, count: int) -> list[int]:
+        """Ranks of `count` values of large expected energy: of the largest ones, narrowed while little is lost.
+
+        The outermost rows of a staircase hold few values, and cost as many operations as others.
+        """
+        ranks = _box(selection(self.spectrum, self._most_ranks(), count))
+        energies = expected_energies(self.spectrum, [None, *ranks])
+        lost = 1 - float(energies.flatten().topk(count).values.sum())
+        most = (1 + NARROWING) * lost
+        while True:
+            tries: list[tuple[int, list[int]]] = []
+            for mode, rank in enumerate(ranks):
+                narrower = [*ranks[:mode], rank - max(1, rank // 16), *ranks[mode + 1 :]]
+                if narrower[mode] < 1 or math.prod(narrower) < count:
+                    continue
+                within = energies[tuple(slice(0, r) for r in narrower)]
+                if 1 - float(within.flatten().topk(count).values.sum()) <= most:
+                    tries.append((mode_product_flops(self.size, [None, *narrower]), narrower))
+            if not tries:
+                return ranks
+            ranks = min(tries)[1]
+
+
+def _box(lengths: torch.Tensor) -> list[int]:
+    """The least ranks that hold a staircase."""
+    used = lengths.nonzero()
+    return [*(used.max(0).values + 1).tolist(), int(lengths.max())] if lengths.dim() else [int(lengths)]
 
 
 def selectable(spectrum: Spectrum) -> bool:
