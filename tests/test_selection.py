@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lance_kernels as lance
-from lance_kernels._candidates import expected_energies, selection
+from lance_kernels._candidates import SelectionCandidate, expected_energies, selection
 from lance_kernels.calibrate import Spectrum
 from lance_kernels.ops.linear import core_places
 from tests.ops.cases import assert_near, orthonormal
@@ -239,3 +239,23 @@ def test_rank_multiple_and_most_ranks_bound_the_box():
     assert planned.layers["0"].ranks[1] in (16, 32, 40)
     planned.apply(model, calibration)
     assert lance.report(model, torch.randn(2, 70, 6, 6)).counted_bytes == planned.bytes
+
+
+@given(data=st.data(), sizes=st.tuples(st.integers(2, 24), st.integers(2, 9), st.integers(2, 9)))
+def test_narrowed_ranks_lose_next_to_nothing_for_fewer_operations(data, sizes):
+    steep = data.draw(st.floats(0.2, 3.0))
+    values = [torch.arange(1, size + 1, dtype=torch.float64).pow(-steep) for size in sizes]
+    spectrum = Spectrum(size=(8, *sizes), eigenvalues=[None, *values], eigenvectors=[None] * 4)
+    config = lance.LanceConfig()
+    candidate = SelectionCandidate("layer", (8, *sizes), 4, (4,), 1, config, spectrum=spectrum)
+    count = data.draw(st.integers(1, sizes[0] * sizes[1] * sizes[2]))
+    planned = candidate.describe((count, 4))
+    box = expected_energies(spectrum, planned.ranks)
+    whole = expected_energies(spectrum, [None, *sizes])
+    lost, least = (1 - float(energies.flatten().topk(count).values.sum()) for energies in (box, whole))
+    assert lost <= 1.02 * least + 1e-9
+    lengths = selection(spectrum, [None, *sizes], count)
+    used = lengths.nonzero().max(0).values + 1
+    widest = [None, *used.tolist(), int(lengths.max())]
+    assert all(rank <= most for rank, most in zip(planned.ranks[1:], widest[1:]))
+    assert int(selection(spectrum, planned.ranks, count).sum()) == count
