@@ -20,7 +20,7 @@ from lance_kernels.distributed import Ranks
 from lance_kernels.nn._compressed import CompressedLayer
 from lance_kernels.ops._checks import accumulation_dtype
 from lance_kernels.ops.pack_core import core_bytes
-from lance_kernels.ops.patch_convolution import patch_core_size
+from lance_kernels.ops.patch_convolution import kept_patch_factors, patch_core_size
 
 
 class FeatureGrams:
@@ -260,7 +260,8 @@ class PositionGrams:
     def _look(self, name: str, x: torch.Tensor) -> None:
         layer = self.layers[name]
         assert isinstance(layer, PatchConvolution)
-        core = torch.ops.lance.patch_project(x, self.factors[name].factor, layer.kernel_size, *layer.lance_geometry())
+        factor, _ = kept_patch_factors(self.factors[name].factor, [], x.dtype)
+        core = torch.ops.lance.patch_project(x, factor, layer.kernel_size, *layer.lance_geometry())
         if name not in self.grams:
             dtype = accumulation_dtype(core.dtype)
             self.grams[name] = [torch.zeros(size, size, dtype=dtype, device=x.device) for size in core.shape[2:]]

@@ -109,11 +109,13 @@ def kept_factors(factors: Factors, dtype: torch.dtype, expand: bool = False) -> 
     """
     if dtype != torch.float16:
         return list(factors)
-    scales = [1 if factor is None else 2.0 ** math.ceil(math.log2(max(factor.shape[0], 1)) / 2) for factor in factors]
-    return [
-        None if factor is None else factor.float() * (scale if expand else 1 / scale)
-        for factor, scale in zip(factors, scales)
-    ]
+    return [None if factor is None else scaled_factor(factor, factor.shape[0], expand) for factor in factors]
+
+
+def scaled_factor(factor: torch.Tensor, size: int, expand: bool) -> torch.Tensor:
+    """A factor with columns of `size` entries, divided by a power of two, at least the root of that, or multiplied."""
+    scale = 2.0 ** math.ceil(math.log2(max(size, 1)) / 2)
+    return factor.float() * (scale if expand else 1 / scale)
 
 
 def core_places(core_lengths: torch.Tensor, core_count: int, last: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import conv_flop_count
 from lance_kernels.ops._checks import check, check_factors
 from lance_kernels.ops._registry import apply, autocast_arguments, define, once_differentiable, without_autocast
 from lance_kernels.ops.convolution import Geometry, _input_grad, _product, output_size
-from lance_kernels.ops.linear import restore_core
+from lance_kernels.ops.linear import kept_factors, restore_core, scaled_factor
 from lance_kernels.ops.pack_core import packed_bytes
 from lance_kernels.ops.patch import core_shape
 from lance_kernels.ops.tucker import Factors, mode_product_flops, ranks_of
@@ -48,8 +48,9 @@ def patch_convolution(
 
     Returns:
         `y`, `(B, O, *S')`, exactly PyTorch's, and the core, `(B, groups * rank, *R)` (the packed buffer with
-        `core_bits`). `y` is differentiable once in `x`, `weight` and `bias`; the core carries no gradient. Kept for the
-        backward pass: the core when `weight` needs a gradient, `weight` when `x` does, the factors.
+        `core_bits`; in float16 divided by a power of two that keeps it finite). `y` is differentiable once in `x`,
+        `weight` and `bias`; the core carries no gradient. Kept for the backward pass: the core when `weight` needs a
+        gradient, `weight` when `x` does, the factors.
 
     Raises:
         RuntimeError: shapes, dtypes, devices or numbers do not fit, a factor requires a gradient, or a second
@@ -64,12 +65,25 @@ def patch_convolution(
 def patch_core(
     x: torch.Tensor, factor: torch.Tensor, spatial_factors: Factors, kernel: Sequence[int], geometry: Geometry
 ) -> torch.Tensor:
-    """The projected patches of `x` with their spatial modes projected in turn, `(B, groups * rank, *R)`."""
+    """The projected patches of `x` with their spatial modes projected in turn, `(B, groups * rank, *R)`.
+
+    Made with the factors of `kept_patch_factors`.
+    """
+    factor, spatial_factors = kept_patch_factors(factor, spatial_factors, x.dtype)
     core: torch.Tensor = torch.ops.lance.patch_project(x, factor, kernel, *geometry)
     if all(spatial is None for spatial in spatial_factors):
         return core
     projected: torch.Tensor = torch.ops.lance.tucker_project(core, [None, None, *spatial_factors])
     return projected
+
+
+def kept_patch_factors(
+    factor: torch.Tensor, spatial_factors: Factors, dtype: torch.dtype, expand: bool = False
+) -> tuple[torch.Tensor, Factors]:
+    """The factors that a kept core is made with, or expanded with; in float16 scaled as `kept_factors` does."""
+    if dtype == torch.float16:
+        factor = scaled_factor(factor, factor.shape[1], expand)
+    return factor, kept_factors(spatial_factors, dtype, expand)
 
 
 def patch_core_size(
@@ -139,8 +153,9 @@ class _PatchConvolution(torch.autograd.Function):
                 grad_x = _input_grad(grad_output, weight, ctx.input_size, ctx.geometry)
             if needs_weight:
                 core = restore_core(core, ctx.core_size, ctx.core_bits, None, 0, ctx.dtype)
+                expanding = kept_patch_factors(factor, spatial_factors, ctx.dtype, expand=True)
                 grad_weight = torch.ops.lance.patch_weight_grad(
-                    grad_output, core, factor, spatial_factors, ctx.weight_size, ctx.geometry.groups
+                    grad_output, core, *expanding, ctx.weight_size, ctx.geometry.groups
                 )
             if needs_bias:
                 grad_bias = grad_output.sum(dim=[0, *range(2, grad_output.dim())])

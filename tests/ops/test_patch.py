@@ -148,6 +148,25 @@ def test_packed_cores_give_nearly_the_same_gradient():
     assert (grads[0] - grads[1]).norm() <= 0.01 * grads[0].norm()
 
 
+@pytest.mark.parametrize("bits", [0, 8])
+def test_a_float16_core_stays_finite(bits):
+    x = (torch.rand(1, 3, 128, 128) * 255).half()
+    weight = (torch.randn(4, 3, 3, 3) / 100).half().requires_grad_()
+    ones = torch.ones(128, 1) / 128**0.5
+    factor = torch.cat([torch.ones(27, 1) / 27**0.5, orthonormal(27, 2).float()], 1)[None]
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    y, core = patch_convolution(x, weight, None, *geometry, factor, [ones, ones], bits)
+    if not bits:
+        assert core.dtype == torch.float16
+        assert core.isfinite().all()
+    grad = torch.randn(y.shape).half() / 100
+    (mine,) = torch.autograd.grad(y, weight, grad)
+    wide = weight.detach().double().requires_grad_()
+    expected, _ = patch_convolution(x.double(), wide, None, *geometry, factor.double(), [ones.double()] * 2)
+    (theirs,) = torch.autograd.grad(expected, wide, grad.double())
+    assert (mine.double() - theirs).norm() <= (0.03 if bits else 0.01) * theirs.norm()
+
+
 def test_projection_is_differentiable_in_x():
     x = torch.randn(GEOMETRY.input_size, dtype=torch.float64, requires_grad=True)
     factor = a_factor(GEOMETRY, 3)
