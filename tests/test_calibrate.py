@@ -196,7 +196,7 @@ def test_applying_without_a_budget_forgets_the_bits_of_an_earlier_plan():
     model = compressed(nn.Sequential(nn.Linear(6, 3)), energy=0.5, core_bits=8)
     found = calibrated(model, [torch.randn(20, 6)])
     assert model[0].lance_core_bits == 8
-    found.apply(model, lance.LanceConfig(budget_bytes=40, core_bits=4))
+    found.apply(model, lance.LanceConfig(budget_bytes=40, rounding_weight=1.0))
     assert model[0].lance_core_bits == 4
     found.apply(model)
     assert model[0].lance_core_bits == 8
