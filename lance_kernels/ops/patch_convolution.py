@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import conv_flop_count
 
-from lance_kernels.ops._checks import check, check_factors
+from lance_kernels.ops._checks import FLOATING, check, check_factors
 from lance_kernels.ops._registry import apply, autocast_arguments, define, once_differentiable, without_autocast
 from lance_kernels.ops.convolution import Geometry, _input_grad, _product, output_size
 from lance_kernels.ops.linear import kept_factors, restore_core, scaled_factor
@@ -81,7 +81,8 @@ def kept_patch_factors(
     factor: torch.Tensor, spatial_factors: Factors, dtype: torch.dtype, expand: bool = False
 ) -> tuple[torch.Tensor, Factors]:
     """The factors that a kept core is made with, or expanded with; in float16 scaled as `kept_factors` does."""
-    if dtype == torch.float16:
+    # Others are refused by what they are handed to.
+    if dtype == torch.float16 and factor.dim() == 3 and factor.dtype in FLOATING:
         factor = scaled_factor(factor, factor.shape[1], expand)
     return factor, kept_factors(spatial_factors, dtype, expand)
 

@@ -12,6 +12,7 @@ from lance_kernels.ops.convolution import Geometry as OperatorGeometry
 from lance_kernels.ops.linear import kept_factors
 from lance_kernels.ops.pack_core import packed_bytes
 from lance_kernels.ops.patch import patches_of
+from lance_kernels.ops.patch_convolution import kept_patch_factors
 from tests.fuzz.drawing import Draw, assert_close, floating, fuzzes, maybe, shape, values
 from tests.ops.cases import Geometry, cast, dense, factored, geometries
 
@@ -335,6 +336,7 @@ def _(draw: Draw) -> list[Any]:
 def check_patch_convolution(result: Any, x: Any, weight: Any, bias: Any, *rest: Any) -> None:
     *numbers, factor, spatial, bits, mode = rest
     assert_close(result[0], plain_convolution(x, weight, bias, *numbers, mode))
+    factor, spatial = kept_patch_factors(factor, spatial, x.dtype)
     core = ops.patch_project(x, factor, list(weight.shape[2:]), *numbers, mode)
     core = ops.tucker_project(core, [None, None, *spatial])
     assert torch.equal(result[1], ops.pack_core(core, bits) if bits else core)
