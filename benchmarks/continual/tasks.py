@@ -82,10 +82,9 @@ def split_classes(name: str, images: Images, classes: int, seed: int) -> Tasks:
     """
     if classes < 2 or images.classes % classes:
         raise ValueError(f"split_classes: classes is {classes}; expected a divisor of {images.classes}, at least 2")
-    train, test = _standardized(images)
     order = torch.randperm(images.classes, generator=torch.Generator().manual_seed(seed)).tolist()
     groups = [order[start : start + classes] for start in range(0, images.classes, classes)]
-    return Tasks(name, [Task(_listed(group), _of(train, group), _of(test, group)) for group in groups], classes, True)
+    return _in_groups(name, images, groups)
 
 
 def one_after_the_other(name: str, images: Images, classes: int, seed: int) -> Tasks:
@@ -97,10 +96,9 @@ def one_after_the_other(name: str, images: Images, classes: int, seed: int) -> T
         classes: classes a task.
         seed: of the order.
     """
-    train, test = _standardized(images)
     order = torch.randperm(images.classes // classes, generator=torch.Generator().manual_seed(seed)).tolist()
     groups = [list(range(classes * place, classes * (place + 1))) for place in order]
-    return Tasks(name, [Task(_listed(group), _of(train, group), _of(test, group)) for group in groups], classes, True)
+    return _in_groups(name, images, groups)
 
 
 def permuted(name: str, images: Images, count: int, seed: int) -> Tasks:
@@ -167,6 +165,13 @@ def _of(split: Split, classes: Sequence[int]) -> Split:
     places[torch.tensor(classes)] = torch.arange(len(classes))
     chosen = places[split.labels] >= 0
     return Split(split.images[chosen], places[split.labels[chosen]])
+
+
+def _in_groups(name: str, images: Images, groups: Sequence[Sequence[int]]) -> Tasks:
+    """A task for each of some groups of as many classes, with heads of their own."""
+    train, test = _standardized(images)
+    tasks = [Task(_listed(group), _of(train, group), _of(test, group)) for group in groups]
+    return Tasks(name, tasks, len(groups[0]), True)
 
 
 def _listed(classes: Sequence[int]) -> str:
