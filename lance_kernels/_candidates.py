@@ -20,9 +20,9 @@ from lance_kernels._ranks import (
     limited,
     rule_for,
 )
+from lance_kernels._work import Work
 from lance_kernels.config import LanceConfig
 from lance_kernels.ops.pack_core import core_bytes
-from lance_kernels.ops.tucker import mode_product_flops
 
 if TYPE_CHECKING:
     from lance_kernels.calibrate import Spectrum
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 NARROWING = 0.02
 # Counts of values that a selection is tried with, evenly spaced in their logarithm.
 GRID = 400
+# Boxes that a selection is tried within: each has at most this share of the operations of the one before.
+FEWER = 0.9
 
 
 @dataclass
@@ -45,7 +47,8 @@ class LayerPlan:
         core_bits: 8, 4 or 2 bits a value of the core, None the dtype of the input.
         bytes: what the layer will hold, scales included; 0 where another layer of the same input holds it.
         dense_bytes: what a plain layer holds.
-        flops: floating point operations of the projection.
+        flops: floating point operations of the projection and of the weight gradient from the core.
+        dense_flops: those of a plain layer's weight gradient.
         predicted_error: 1 minus the expected cosine between compressed and true weight gradient.
     """
 
@@ -57,6 +60,7 @@ class LayerPlan:
     bytes: int
     dense_bytes: int
     flops: int
+    dense_flops: int
     predicted_error: float
 
 
@@ -72,7 +76,7 @@ class Candidate(ABC):
         size: its input's shape, with the batch that the bytes are for.
         itemsize: bytes of a value of its dtype.
         bits: bits a value to choose from.
-        weight: how many layers share the core, and its error.
+        work: operations of the layers that share the core, and its error.
         config: limits on ranks, and what rounding counts.
         rounding: gradient cosine lost to rounding, by bits.
     """
@@ -85,11 +89,11 @@ class Candidate(ABC):
         size: Sequence[int],
         itemsize: int,
         bits: Sequence[int | None],
-        weight: int,
+        work: Work,
         config: LanceConfig,
     ) -> None:
-        self.name, self.size, self.itemsize, self.bits, self.weight = name, list(size), itemsize, tuple(bits), weight
-        self.config = config
+        self.name, self.size, self.itemsize, self.bits = name, list(size), itemsize, tuple(bits)
+        self.work, self.weight, self.config = work, len(work.layers), config
         share = config.rounding_weight
         self.counted_rounding = {width: share * self.rounding[width] for width in self.bits}
 
@@ -114,8 +118,12 @@ class Candidate(ABC):
         """The choice that takes the fewest bytes."""
 
     @abstractmethod
-    def best_at(self, price: float) -> Choice:
-        """The choice with the least loss plus `price` times bytes."""
+    def operations(self, choice: Choice) -> int:
+        """Operations that a choice takes: of the projection, and of the weight gradients from the core."""
+
+    @abstractmethod
+    def best_at(self, price: float, work_price: float) -> Choice:
+        """The choice with the least loss plus `price` times bytes and `work_price` times operations."""
 
     @abstractmethod
     def larger(self, choice: Choice) -> Iterable[Choice]:
@@ -134,7 +142,8 @@ class Candidate(ABC):
             choice[1],
             self.core_bytes(choice),
             math.prod(self.size) * self.itemsize,
-            mode_product_flops(self.size, ranks),
+            self.work.from_core(ranks),
+            self.work.dense,
             self.error(choice),
         )
 
@@ -178,7 +187,14 @@ class RankCandidate(Candidate):
         ranks = tuple(int(allowed[0]) for allowed in self.allowed)
         return min(((ranks, width) for width in self.bits), key=self.core_bytes)
 
-    def best_at(self, price: float) -> Choice:
+    def operations(self, choice: Choice) -> int:
+        """Operations for a core of these ranks."""
+        return self.work.from_core(self._modes(choice))
+
+    def _modes(self, choice: Choice) -> list[int | None]:
+        return [None if rank == size else rank for rank, size in zip(choice[0], self.size)]
+
+    def best_at(self, price: float, work_price: float) -> Choice:
         """By descent over one mode at a time, from the least ranks and from the largest."""
         found: list[tuple[float, Choice]] = []
         for width in self.bits:
@@ -187,22 +203,31 @@ class RankCandidate(Candidate):
                 for _ in range(20):
                     before = list(ranks)
                     for mode in range(len(ranks)):
-                        ranks[mode] = self._best_rank(ranks, mode, width, price)
+                        ranks[mode] = self._best_rank(ranks, mode, width, price, work_price)
                     if ranks == before:
                         break
                 choice = (tuple(ranks), width)
-                found.append((self.weight * self.loss(choice) + price * self.core_bytes(choice), choice))
+                cost = price * self.core_bytes(choice)
+                if work_price:
+                    cost += work_price * self.operations(choice)
+                found.append((self.weight * self.loss(choice) + cost, choice))
         return min(found, key=lambda entry: entry[0])[1]
 
-    def _best_rank(self, ranks: Sequence[int], mode: int, width: int | None, price: float) -> int:
+    def _best_rank(self, ranks: Sequence[int], mode: int, width: int | None, price: float, work_price: float) -> int:
         allowed, most = self.allowed[mode], list(ranks)
+        if len(allowed) == 1:
+            return int(allowed[0])
         most[mode] = int(allowed[-1])
-        # Bytes are all but linear in one rank.
-        each = core_bytes(most, width, self.itemsize) / most[mode]
+        # Bytes and operations are all but linear in one rank.
+        each = price * core_bytes(most, width, self.itemsize) / most[mode]
+        if work_price:
+            least = [*ranks[:mode], int(allowed[0]), *ranks[mode + 1 :]]
+            more = self.operations((most, width)) - self.operations((least, width))
+            each += work_price * more / (most[mode] - least[mode])
         others = self.weight * math.prod(
             float(self.kept[other][rank]) for other, rank in enumerate(ranks) if other != mode
         )
-        gain = others * (1 - self.counted_rounding[width]) * self.kept[mode][allowed] - price * each * allowed
+        gain = others * (1 - self.counted_rounding[width]) * self.kept[mode][allowed] - each * allowed
         return int(allowed[int(gain.argmax())])
 
     def larger(self, choice: Choice) -> Iterable[Choice]:
@@ -218,75 +243,122 @@ class RankCandidate(Candidate):
 
     def describe(self, choice: Choice) -> LayerPlan:
         """Ranks, None where a mode is kept."""
-        ranks: list[int | None] = [None if rank == size else rank for rank, size in zip(choice[0], self.size)]
-        return self._plan(ranks, None, choice)
+        return self._plan(self._modes(choice), None, choice)
 
 
 class SelectionCandidate(Candidate):
-    """The values of the core that are expected to be largest, whatever their modes."""
+    """The values of the core that are expected to be largest, whatever their modes, within a box of ranks.
+
+    The first half of a choice is the number of values and the box's place in `boxes`.
+
+    Attributes:
+        boxes: ranks to choose from, of falling operations; the first are the largest allowed.
+        counts: numbers of values to choose from.
+        kept: gradient cosine by box and count, minus infinity where the box has fewer values.
+    """
 
     rounding = ROUNDING_SELECTED
 
     def __init__(self, *common: Any, spectrum: Spectrum) -> None:
         super().__init__(*common)
         self.spectrum = spectrum
-        energies = expected_energies(spectrum, self._most_ranks())
-        fractions = energies.flatten().sort(descending=True).values.cumsum(0)
-        counts = np.unique(np.geomspace(1, len(fractions), GRID).round().astype(np.int64))
-        self.counts = counts
-        # Beyond the largest ranks allowed energy is lost whatever the count.
-        self.kept = cosine_selected(1 - np.clip(fractions[torch.from_numpy(counts - 1)].numpy(), 0.0, 1.0))
+        most = [size if self.config.max_rank is None else min(size, self.config.max_rank) for size in self.size[1:]]
+        energies = expected_energies(spectrum, [None, *most])
+        self.boxes = [most] if self.config.max_work is None else self._fewer_operations(most)
+        order = energies.flatten().argsort(descending=True)
+        fractions, places = energies.flatten()[order], np.unravel_index(order.numpy(), energies.shape)
+        self.counts = np.unique(np.geomspace(1, len(order), GRID).round().astype(np.int64))
+        self.kept = np.stack([self._kept(box, fractions.numpy(), places) for box in self.boxes])
+        self.work_of = np.array([self.work.from_core(self._ranks(box)) for box in self.boxes], dtype=np.float64)
+        widths = [core_bytes((self.size[0], int(self.counts[-1])), width, self.itemsize) for width in self.bits]
+        # Bytes are all but linear in the count: (width, count)
+        self._bytes = np.outer(widths, self.counts / self.counts[-1])
+        self._gains: tuple[float, np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = None
 
-    def _most_ranks(self) -> list[int | None]:
-        most = self.config.max_rank
-        return [None, *(size if most is None else min(size, most) for size in self.size[1:])]
+    def _ranks(self, box: Sequence[int]) -> list[int | None]:
+        return [None, *(limited(rank, size, self.config) for rank, size in zip(box, self.size[1:]))]
+
+    def _fewer_operations(self, most: list[int]) -> list[list[int]]:
+        """Boxes of ever fewer operations, each giving up the least energy for those that it saves."""
+        shares = [self.spectrum.shares(mode).numpy().cumsum() for mode in range(1, len(self.size))]
+        box, found = most, [most]
+        work = recorded = self.work.from_core(self._ranks(most))
+        while True:
+            tries: list[tuple[float, int, list[int]]] = []
+            for mode, rank in enumerate(box):
+                if rank > 1:
+                    narrower = [*box[:mode], rank - max(1, rank // 16), *box[mode + 1 :]]
+                    left = self.work.from_core(self._ranks(narrower))
+                    lost = 1 - shares[mode][narrower[mode] - 1] / shares[mode][rank - 1]
+                    # Where no mode alone saves operations, the one that loses least.
+                    tries.append((lost / (work - left) if left < work else 1e9 + lost, left, narrower))
+            if not tries:
+                return found
+            _, work, box = min(tries)
+            if work <= FEWER * recorded:
+                found.append(box)
+                recorded = work
+
+    def _kept(
+        self, box: Sequence[int], fractions: np.ndarray[Any, Any], places: Sequence[np.ndarray[Any, Any]]
+    ) -> np.ndarray[Any, Any]:
+        inside = np.logical_and.reduce([place < rank for place, rank in zip(places, box)])
+        kept = fractions[inside].cumsum()
+        cosine = cosine_selected(1 - np.clip(kept[np.minimum(self.counts, len(kept)) - 1], 0.0, 1.0))
+        return np.where(self.counts <= len(kept), cosine, -np.inf)
+
+    def _at(self, choice: Choice) -> tuple[int, int]:
+        count, box = choice[0]
+        return box, int(np.searchsorted(self.counts, count))
 
     def core_bytes(self, choice: Choice) -> int:
         """Bytes of that many values a sample."""
-        return core_bytes((self.size[0], choice[0]), choice[1], self.itemsize)
+        return core_bytes((self.size[0], choice[0][0]), choice[1], self.itemsize)
+
+    def operations(self, choice: Choice) -> int:
+        """Operations for the whole box."""
+        return int(self.work_of[choice[0][1]])
 
     def cosine_kept(self, choice: Choice) -> float:
         """What the lost energy leaves."""
-        return float(self.kept[int(np.searchsorted(self.counts, choice[0]))])
+        return float(self.kept[self._at(choice)])
 
     def least(self) -> Choice:
         """One value in the fewest bits."""
-        return min(((1, width) for width in self.bits), key=self.core_bytes)
+        return min((((1, len(self.boxes) - 1), width) for width in self.bits), key=self.core_bytes)
 
-    def best_at(self, price: float) -> Choice:
-        """By trying every count of the grid."""
-        found: list[tuple[float, Choice]] = []
-        for width in self.bits:
-            # Bytes are all but linear in the count.
-            each = core_bytes((self.size[0], int(self.counts[-1])), width, self.itemsize) / self.counts[-1]
-            cost = self.weight * (1 - self.kept * (1 - self.counted_rounding[width])) + price * each * self.counts
-            at = int(cost.argmin())
-            found.append((float(cost[at]), (int(self.counts[at]), width)))
-        return min(found, key=lambda entry: entry[0])[1]
+    def best_at(self, price: float, work_price: float) -> Choice:
+        """By trying every box and every count of the grid."""
+        if self._gains is None or self._gains[0] != work_price:
+            bought = self.weight * np.array([1 - self.counted_rounding[width] for width in self.bits])
+            # (width, box, count)
+            gains = bought[:, None, None] * self.kept - work_price * self.work_of[:, None]
+            self._gains = work_price, gains.argmax(1), gains.max(1)
+        _, boxes, gains = self._gains
+        at = np.unravel_index(int((gains - price * self._bytes).argmax()), gains.shape)
+        return (int(self.counts[at[1]]), int(boxes[at])), self.bits[at[0]]
 
     def larger(self, choice: Choice) -> Iterable[Choice]:
-        """The next count, or more bits."""
-        count, width = choice
+        """The next count of the box, or more bits."""
+        (count, box), width = choice
         at = int(np.searchsorted(self.counts, count)) + 1
-        if at < len(self.counts):
-            yield int(self.counts[at]), width
+        if at < len(self.counts) and self.kept[box, at] > 0:
+            yield (int(self.counts[at]), box), width
         for other in self.bits:
             if self.rounding[other] < self.rounding[width]:
-                yield count, other
+                yield (count, box), other
 
     def describe(self, choice: Choice) -> LayerPlan:
         """The count, and ranks of few operations that hold it."""
-        ranks = self._narrowed(choice[0])
-        return self._plan(
-            [None, *(limited(rank, size, self.config) for rank, size in zip(ranks, self.size[1:]))], choice[0], choice
-        )
+        count, box = choice[0]
+        return self._plan(self._ranks(self._narrowed(count, self.boxes[box])), count, choice)
 
-    def _narrowed(self, count: int) -> list[int]:
+    def _narrowed(self, count: int, box: Sequence[int]) -> list[int]:
         """Ranks of `count` values of large expected energy: of the largest ones, narrowed while little is lost.
 
         The outermost rows of a staircase hold few values, and cost as many operations as others.
         """
-        ranks = _box(selection(self.spectrum, self._most_ranks(), count))
+        ranks = _box(selection(self.spectrum, [None, *box], count))
         energies = expected_energies(self.spectrum, [None, *ranks])
         lost = 1 - float(energies.flatten().topk(count).values.sum())
         most = (1 + NARROWING) * lost
@@ -298,7 +370,7 @@ class SelectionCandidate(Candidate):
                     continue
                 within = energies[tuple(slice(0, r) for r in narrower)]
                 if 1 - float(within.flatten().topk(count).values.sum()) <= most:
-                    tries.append((mode_product_flops(self.size, [None, *narrower]), narrower))
+                    tries.append((self.work.from_core(self._ranks(narrower)), narrower))
             if not tries:
                 return ranks
             ranks = min(tries)[1]
@@ -327,10 +399,8 @@ def expected_energies(spectrum: Spectrum, ranks: Sequence[int | None]) -> torch.
         `(rank_1, ..., rank_{N-1})`, float64, on the CPU; sums to 1 at full ranks.
     """
     energies = torch.ones((), dtype=torch.float64)
-    for values, rank in zip(spectrum.eigenvalues[1:], ranks[1:]):
-        assert values is not None
-        shares = values.double().cpu().clamp_min(0)
-        energies = energies[..., None] * (shares / shares.sum())[:rank]
+    for mode, rank in enumerate(ranks[1:], 1):
+        energies = energies[..., None] * spectrum.shares(mode)[:rank]
     return energies
 
 
@@ -358,13 +428,42 @@ def total_bytes(candidates: Sequence[Candidate], choices: Sequence[Choice]) -> i
     return sum(candidate.core_bytes(choice) for candidate, choice in zip(candidates, choices))
 
 
-def cheapest_within(candidates: Sequence[Candidate], budget: int) -> list[Choice]:
-    """The choices at the lowest price of a byte at which they fit into the budget."""
+def total_operations(candidates: Sequence[Candidate], choices: Sequence[Choice]) -> int:
+    return sum(candidate.operations(choice) for candidate, choice in zip(candidates, choices))
+
+
+def cheapest_within(candidates: Sequence[Candidate], budget: int, max_work: float | None = None) -> list[Choice]:
+    """The choices at the lowest prices of a byte and an operation at which they fit.
+
+    Args:
+        candidates: the layers.
+        budget: most bytes.
+        max_work: most operations over those of the dense weight gradients; where no choice has as few, the fewest.
+    """
+    if max_work is None:
+        return _within_bytes(candidates, budget, 0.0)
+    dense = max(sum(candidate.work.dense for candidate in candidates), 1)
+    best = _within_bytes(candidates, budget, 0.0)
+    if total_operations(candidates, best) <= max_work * dense:
+        return best
+    low, high = -12.0, 8.0
+    best = _within_bytes(candidates, budget, math.exp(high) / dense)
+    for _ in range(24):
+        price = (low + high) / 2
+        choices = _within_bytes(candidates, budget, math.exp(price) / dense)
+        if total_operations(candidates, choices) <= max_work * dense:
+            best, high = choices, price
+        else:
+            low = price
+    return best
+
+
+def _within_bytes(candidates: Sequence[Candidate], budget: int, work_price: float) -> list[Choice]:
     low, high = -60.0, 10.0
     best = [candidate.least() for candidate in candidates]
     for _ in range(50):
         price = (low + high) / 2
-        choices = [candidate.best_at(math.exp(price)) for candidate in candidates]
+        choices = [candidate.best_at(math.exp(price), work_price) for candidate in candidates]
         if total_bytes(candidates, choices) <= budget:
             best, high = choices, price
         else:
@@ -372,19 +471,27 @@ def cheapest_within(candidates: Sequence[Candidate], budget: int) -> list[Choice
     return best
 
 
-def spend_rest(candidates: Sequence[Candidate], choices: list[Choice], budget: int) -> None:
+def spend_rest(
+    candidates: Sequence[Candidate], choices: list[Choice], budget: int, max_work: float | None = None
+) -> None:
     """Takes the steps that gain most for their bytes until none fits."""
     left = budget - total_bytes(candidates, choices)
+    spare = math.inf
+    if max_work is not None:
+        spare = max_work * sum(c.work.dense for c in candidates) - total_operations(candidates, choices)
     while True:
-        steps: list[tuple[float, int, Choice, int]] = []
+        steps: list[tuple[float, int, Choice, int, float]] = []
         for index, candidate in enumerate(candidates):
             here, cost = candidate.loss(choices[index]), candidate.core_bytes(choices[index])
+            work: float = 0 if max_work is None else candidate.operations(choices[index])
             for choice in candidate.larger(choices[index]):
                 extra, gain = candidate.core_bytes(choice) - cost, candidate.weight * (here - candidate.loss(choice))
-                if extra <= left and gain > 0:
-                    steps.append((gain / max(extra, 1e-9), index, choice, extra))
+                more: float = 0 if max_work is None else candidate.operations(choice) - work
+                if extra <= left and gain > 0 and (more <= 0 or more <= spare):
+                    steps.append((gain / max(extra, 1e-9), index, choice, extra, more))
         if not steps:
             return
-        _, index, choice, extra = max(steps, key=lambda step: step[0])
+        _, index, choice, extra, more = max(steps, key=lambda step: step[0])
         choices[index] = choice
         left -= extra
+        spare -= more

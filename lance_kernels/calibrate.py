@@ -43,6 +43,13 @@ class Spectrum:
     eigenvectors: list[torch.Tensor | None]
     varied: tuple[int, ...] = ()
 
+    def shares(self, mode: int) -> torch.Tensor:
+        """A mode's eigenvalues over their sum, float64, on the CPU, `(size_n,)`; the mode has some above zero."""
+        values = self.eigenvalues[mode]
+        assert values is not None
+        shares = values.double().cpu().clamp_min(0)
+        return shares / shares.sum()
+
     def factors(self, ranks: Sequence[int | None]) -> list[torch.Tensor | None]:
         """The leading eigenvectors, `(size_n, rank_n)`, of every mode; None where the mode or its rank is."""
         pairs = zip(self.eigenvectors, ranks)

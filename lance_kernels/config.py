@@ -35,6 +35,9 @@ class LanceConfig:
         rounding_weight: what `plan` counts an error of rounding beside one of lost directions, in (0, 1]. Rounding errs
             differently in every step and averages out, a direction that no factor has is lost in all of them: 0.2 gives
             the best accuracy found, 1 the highest gradient cosine of a single step.
+        max_work: with `budget_bytes`, most operations that projections and weight gradients may take together, over
+            those of the dense weight gradients, above 0; None for as many as the bytes ask for. A plan whose every rank
+            is one may still take more.
 
     Raises:
         ValueError: a value is out of its range.
@@ -51,6 +54,7 @@ class LanceConfig:
     rank_multiple: int = 1
     budget_bytes: int | None = None
     rounding_weight: float = 0.2
+    max_work: float | None = None
 
     def __post_init__(self) -> None:
         _require(0 < self.energy <= 1, "energy", self.energy, "a number in (0, 1]")
@@ -66,6 +70,7 @@ class LanceConfig:
         _require(self.rank_multiple >= 1, "rank_multiple", self.rank_multiple, "at least 1")
         _require(self.budget_bytes is None or self.budget_bytes >= 1, "budget_bytes", self.budget_bytes, "at least 1")
         _require(0 < self.rounding_weight <= 1, "rounding_weight", self.rounding_weight, "a number in (0, 1]")
+        _require(self.max_work is None or self.max_work > 0, "max_work", self.max_work, "a number above 0, or None")
         for name, patterns in (("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)):
             _require(not isinstance(patterns, str), name, patterns, "a sequence of patterns, not one string")
             for pattern in patterns or ():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from lance_kernels._candidates import (
     spend_rest,
 )
 from lance_kernels._ranks import rule_for
+from lance_kernels._work import Work
 from lance_kernels.config import LanceConfig
 from lance_kernels.convert import compressed_layers
 from lance_kernels.nn._compressed import CompressedLayer
@@ -36,10 +36,18 @@ class Plan:
     Attributes:
         layers: by layer name.
         budget_bytes: what the bytes had to stay within.
+        max_work: what the operations had to stay within, over those of the dense weight gradients; None for no limit.
     """
 
     layers: dict[str, LayerPlan] = field(default_factory=dict)
     budget_bytes: int = 0
+    max_work: float | None = None
+
+    @property
+    def work(self) -> float:
+        """Operations of projections and weight gradients over those of the dense weight gradients."""
+        layers = self.layers.values()
+        return sum(layer.flops for layer in layers) / max(sum(layer.dense_flops for layer in layers), 1)
 
     @property
     def bytes(self) -> int:
@@ -74,10 +82,13 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""
-        return {**asdict(self), "bytes": self.bytes, "predicted_error": self.predicted_error}
+        return {**asdict(self), "bytes": self.bytes, "work": self.work, "predicted_error": self.predicted_error}
 
     def __str__(self) -> str:
-        lines = [f"{self.bytes} of {self.budget_bytes} bytes, predicted gradient error {self.predicted_error:.4f}"]
+        lines = [
+            f"{self.bytes} of {self.budget_bytes} bytes, {self.work:.2f} of the dense weight gradients' operations, "
+            f"predicted gradient error {self.predicted_error:.4f}"
+        ]
         for layer in self.layers.values():
             ranks = ", ".join("keep" if rank is None else str(rank) for rank in layer.ranks)
             values = "" if layer.count is None else f", {layer.count} values a sample"
@@ -107,13 +118,16 @@ def plan(
     times: for a price of a byte every layer has its own best choice; the price is found by bisection, and what is left
     of the budget goes where it gains most.
 
+    With `config.max_work` the operations of projections and weight gradients have a price as well, found the same way:
+    single values are then chosen within boxes of fewer ranks, which lose the directions that no factor has.
+
     Args:
         model: a compressed model.
         calibration: what `calibrate` returned for it.
         budget_bytes: most bytes the layers' cores may take together, scales included.
         batch_size: samples the bytes are for; by default those of the first calibration batch.
         bits: bits a value to choose from; None is the dtype of the weights.
-        config: limits and patterns on ranks, and `rounding_weight`; by default the layers' own.
+        config: limits and patterns on ranks, `rounding_weight` and `max_work`; by default the layers' own.
 
     Returns:
         The plan; its `apply` puts it into effect.
@@ -126,16 +140,17 @@ def plan(
     if missing:
         raise ValueError(f"plan: model has no compressed layers {missing}; calibrated another model?")
     # Layers that share an input hold one core between them, and each has an error of its own.
-    sharers = Counter(calibration.shared.values())
+    sharers: dict[str, list[CompressedLayer]] = {}
+    for sharer, of in calibration.shared.items():
+        sharers.setdefault(of, []).append(layers[sharer])
     candidates = [
         _candidate(
             name,
-            layers[name],
+            [layers[name], *sharers.get(name, [])],
             spectrum,
             batch_size,
             tuple(bits),
             config or layers[name].lance_config,
-            1 + sharers[name],
         )
         for name, spectrum in calibration.layers.items()
         if name not in calibration.shared
@@ -145,32 +160,33 @@ def plan(
         raise ValueError(
             f"plan: budget_bytes is {budget_bytes}; the least that ranks of 1 in the fewest bits take is {least}"
         )
-    choices = cheapest_within(candidates, budget_bytes)
-    spend_rest(candidates, choices, budget_bytes)
-    result = Plan(budget_bytes=budget_bytes)
+    max_work = min((c.config.max_work for c in candidates if c.config.max_work is not None), default=None)
+    choices = cheapest_within(candidates, budget_bytes, max_work)
+    spend_rest(candidates, choices, budget_bytes, max_work)
+    result = Plan(budget_bytes=budget_bytes, max_work=max_work)
     described = {candidate.name: candidate.describe(choice) for candidate, choice in zip(candidates, choices)}
     for name in calibration.layers:
         owner = calibration.shared.get(name)
         result.layers[name] = (
-            described[name] if owner is None else replace(described[owner], name=name, bytes=0, flops=0)
+            described[name] if owner is None else replace(described[owner], name=name, bytes=0, flops=0, dense_flops=0)
         )
     return result
 
 
 def _candidate(
     name: str,
-    layer: CompressedLayer,
+    layers: list[CompressedLayer],
     spectrum: Spectrum,
     batch_size: int | None,
     bits: tuple[int | None, ...],
     config: LanceConfig,
-    weight: int,
 ) -> Candidate:
-    """What one layer could get: single values of its core, or ranks."""
+    """What the layers of one core could get: single values of it, or ranks."""
     size = list(spectrum.size)
     if batch_size is not None and len(size) > 1:
         size[0] = batch_size
-    common = (name, size, layer.weight.element_size(), bits, weight, config)
+    layer = layers[0]
+    common = (name, size, layer.weight.element_size(), bits, Work(layers, size), config)
     if selectable(spectrum) and rule_for(name, len(size), config) is None:
         return SelectionCandidate(*common, spectrum=spectrum)
     feature = 1 if hasattr(layer, "batched_dim") else len(size) - 1

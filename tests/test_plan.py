@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import lance_kernels as lance
 from lance_kernels._candidates import selectable
@@ -131,6 +132,48 @@ def test_rounding_that_counts_less_buys_more_values_in_fewer_bits():
     widths = [[layer.core_bits or 32 for layer in planned.layers.values()] for planned in (by_cosine, by_accuracy)]
     assert sum(widths[1]) < sum(widths[0])
     assert lance.plan(model, calibration, 1200).to_dict() == by_accuracy.to_dict()
+
+
+@pytest.mark.parametrize("budget", [1200, 6000])
+def test_operations_of_a_plan_are_those_counted_and_stay_within_their_limit(budget):
+    model, calibration, x = budgeted()
+    free = lance.plan(model, calibration, budget)
+    for max_work in (0.6, 0.4, 0.25):
+        config = lance.LanceConfig(max_work=max_work)
+        planned = lance.plan(model, calibration, budget, config=config)
+        assert planned.bytes <= budget
+        assert planned.work <= max_work < free.work
+        planned.apply(model, calibration)
+        with FlopCounterMode(display=False) as compressed:
+            model(x).sum().backward()
+        with lance.exact(model), FlopCounterMode(display=False) as dense:
+            model(x).sum().backward()
+        layers = planned.layers.values()
+        saved = sum(layer.dense_flops - layer.flops for layer in layers)
+        assert dense.get_total_flops() - compressed.get_total_flops() == saved
+    errors = [
+        lance.plan(model, calibration, budget, config=lance.LanceConfig(max_work=work, rounding_weight=1.0))
+        for work in (None, 0.5, 0.3, 0.2)
+    ]
+    assert [e.predicted_error for e in errors] == sorted(e.predicted_error for e in errors)
+
+
+def test_layers_of_one_input_share_its_projection_operations():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(16, 8) for name in ("gate", "up")})
+    model.forward = lambda x: model["gate"](x) * model["up"](x)
+    lance.compress_(model, lance.LanceConfig(companions="none"))
+    calibration = lance.calibrate(model, [torch.randn(4, 6, 16)], progress=False)
+    assert calibration.shared
+    planned = lance.plan(model, calibration, 300, config=lance.LanceConfig(max_work=0.5))
+    assert planned.work <= 0.5
+    assert planned.layers["gate"].dense_flops == 2 * (2 * 4 * 6 * 16 * 8)
+    assert planned.layers["up"].dense_flops == planned.layers["up"].flops == 0
+
+
+def test_a_limit_below_ranks_of_one_gives_ranks_of_one():
+    model, calibration, _ = budgeted()
+    planned = lance.plan(model, calibration, 6000, config=lance.LanceConfig(max_work=1e-6))
+    assert all(set(layer.ranks[1:]) == {1} for layer in planned.layers.values())
 
 
 def test_plan_can_be_worked_out_by_hand():

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import lance_kernels as lance
 from lance_kernels._candidates import SelectionCandidate, expected_energies, selection
+from lance_kernels._work import Work
 from lance_kernels.calibrate import Spectrum
 from lance_kernels.ops.linear import core_places
 from tests.ops.cases import assert_near, orthonormal
@@ -247,9 +248,10 @@ def test_narrowed_ranks_lose_next_to_nothing_for_fewer_operations(data, sizes):
     values = [torch.arange(1, size + 1, dtype=torch.float64).pow(-steep) for size in sizes]
     spectrum = Spectrum(size=(8, *sizes), eigenvalues=[None, *values], eigenvectors=[None] * 4)
     config = lance.LanceConfig()
-    candidate = SelectionCandidate("layer", (8, *sizes), 4, (4,), 1, config, spectrum=spectrum)
+    work = Work([lance.nn.Conv2d(sizes[0], 3, 3, padding=1)], (8, *sizes))
+    candidate = SelectionCandidate("layer", (8, *sizes), 4, (4,), work, config, spectrum=spectrum)
     count = data.draw(st.integers(1, sizes[0] * sizes[1] * sizes[2]))
-    planned = candidate.describe((count, 4))
+    planned = candidate.describe(((count, 0), 4))
     box = expected_energies(spectrum, planned.ranks)
     whole = expected_energies(spectrum, [None, *sizes])
     lost, least = (1 - float(energies.flatten().topk(count).values.sum()) for energies in (box, whole))

@@ -196,6 +196,15 @@ class CompressedLayer(nn.Module):
             return [size[0], count]
         return [extent if factor is None else factor.shape[1] for factor, extent in zip(factors, size)]
 
+    def lance_weight_grad_flops(self, size: Sequence[int], ranks: Sequence[int | None] | None = None) -> int:
+        """Operations of the weight gradient for an input of this size, from its core, or from all of it without ranks.
+
+        Args:
+            size: the input's shape.
+            ranks: one a mode, None where it is kept.
+        """
+        raise NotImplementedError
+
     def lance_shared(self, x: torch.Tensor) -> SharedCore | None:
         """Where the core of `x` is shared within the layer's input group; None when there is no group to share with."""
         if torch.compiler.is_compiling() or x.is_inference():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import nn
 
 from lance_kernels.nn._compressed import CompressedLayer
+from lance_kernels.ops.convolution import Geometry, output_size
+from lance_kernels.ops.convolution_weight_grad import weight_grad_flops
 
 
 class _Convolution(CompressedLayer, nn.modules.conv._ConvNd):
@@ -45,6 +49,16 @@ class _Convolution(CompressedLayer, nn.modules.conv._ConvNd):
         reversed_pairs = self._reversed_padding_repeated_twice
         pairs = zip(reversed_pairs[0::2], reversed_pairs[1::2])
         return [int(amount) for pair in reversed(list(pairs)) for amount in pair]
+
+    def lance_weight_grad_flops(self, size: Sequence[int], ranks: Sequence[int | None] | None = None) -> int:
+        """Operations of the weight gradient from a core of these ranks, or from the whole input."""
+        geometry = Geometry(self.stride, self.lance_padding(), self.dilation, self.groups, self.padding_mode)
+        output = output_size(size, self.weight.shape, geometry)
+        if ranks is None:
+            return 2 * output[0] * math.prod(output[2:]) * self.weight.numel()
+        core = [extent if rank is None else rank for extent, rank in zip(size, ranks)]
+        factors = [None if rank is None else (extent, rank) for extent, rank in zip(size, ranks)]
+        return weight_grad_flops(output, core, factors, self.weight.shape, *geometry)
 
 
 class Conv1d(_Convolution, nn.Conv1d):

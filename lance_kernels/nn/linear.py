@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from lance_kernels.nn._compressed import CompressedLayer
+from lance_kernels.ops.linear import weight_grad_flops
 
 
 class Linear(CompressedLayer, nn.Linear):
@@ -34,3 +38,11 @@ class Linear(CompressedLayer, nn.Linear):
         if shared is not None:
             shared.store(input, factors, bits, core)
         return y
+
+    def lance_weight_grad_flops(self, size: Sequence[int], ranks: Sequence[int | None] | None = None) -> int:
+        """Operations of the weight gradient from a core of these ranks, or from the whole input."""
+        if ranks is None:
+            return 2 * math.prod(size) * self.out_features
+        core = [extent if rank is None else rank for extent, rank in zip(size, ranks)]
+        factors = [None if rank is None else (extent, rank) for extent, rank in zip(size, ranks)]
+        return weight_grad_flops([*size[:-1], self.out_features], core, factors)

@@ -222,7 +222,7 @@ def _fake(
     return grad_output.new_empty(list(weight_size))
 
 
-def _flops(
+def weight_grad_flops(
     grad_shape: Sequence[int],
     core_size: Sequence[int],
     factor_shapes: Sequence[Sequence[int] | None],
@@ -234,6 +234,7 @@ def _flops(
     padding_mode: str = "zeros",
     **kwargs: Any,
 ) -> int:
+    """Operations of the cheaper way, without those of a bias gradient."""
     geometry = Geometry(stride, padding, dilation, groups, padding_mode)
     return _plan(core_size, factor_shapes, weight_size, geometry)[1]
 
@@ -244,6 +245,6 @@ define(
     reference=_reference,
     fake=_fake,
     autograd=not_differentiable("convolution_weight_grad"),
-    flops=_flops,
+    flops=weight_grad_flops,
 )
 register_triton("convolution_weight_grad")

@@ -355,12 +355,13 @@ def _weight_grad_fake(grad_output: torch.Tensor, core: torch.Tensor, factors: Fa
     return grad_output.new_empty(grad_output.shape[-1], core.shape[-1] if feature is None else feature.shape[0])
 
 
-def _weight_grad_flops(
+def weight_grad_flops(
     grad_shape: Sequence[int],
     core_shape: Sequence[int],
     factor_shapes: Sequence[Sequence[int] | None],
     **kwargs: Any,
 ) -> int:
+    """Operations of the cheaper way, without those of a bias gradient."""
     _, total = _weight_grad_plan(grad_shape, core_shape, factor_shapes)
     feature = factor_shapes[-1]
     return total + (0 if feature is None else 2 * grad_shape[-1] * math.prod(feature))
@@ -392,14 +393,14 @@ define(
     reference=_weight_grad_reference,
     fake=_weight_grad_fake,
     autograd=not_differentiable("linear_weight_grad"),
-    flops=_weight_grad_flops,
+    flops=weight_grad_flops,
 )
 define(
     "linear_weight_bias_grad(Tensor grad_output, Tensor core, Tensor?[] factors) -> (Tensor, Tensor)",
     reference=_weight_bias_grad_reference,
     fake=_weight_bias_grad_fake,
     autograd=not_differentiable("linear_weight_bias_grad"),
-    flops=_weight_grad_flops,
+    flops=weight_grad_flops,
 )
 register_triton("linear_weight_grad", "linear")
 register_triton("linear_weight_bias_grad", "linear")
