@@ -11,6 +11,7 @@ of the pivots' rows grows with each exchange; Goreinov et al., "How to find a go
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -159,6 +160,7 @@ class Basis:
 
     def _make_columns(self) -> None:
         self.counts = _counts(self.pivots)
+        self._starts = [0, *accumulate(count * (self.size - count) for count in self.counts)]
         wide = self.packed.dtype == torch.float64
         dtype = torch.float64 if wide else torch.float32
         self.columns = self.packed.new_zeros(self.groups, self.size, self.width, dtype=dtype)
@@ -168,9 +170,8 @@ class Basis:
 
     def _rest(self, group: int) -> torch.Tensor:
         """A group's `X`, `(n - k, k)`, float64."""
-        numbers = [count * (self.size - count) for count in self.counts[: group + 1]]
-        start, count = sum(numbers[:-1]), self.counts[group]
-        return self.packed[start : start + numbers[-1]].double().view(self.size - count, count)
+        count = self.counts[group]
+        return self.packed[self._starts[group] : self._starts[group + 1]].double().view(self.size - count, count)
 
     def _free(self, group: int) -> torch.Tensor:
         """A group's free directions as columns, `(n, n - k)`, float64."""
