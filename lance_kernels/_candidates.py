@@ -44,7 +44,7 @@ class LayerPlan:
         size: its input's shape, with the batch that the bytes are for.
         ranks: one rank a mode; None keeps the mode.
         count: values of a sample's core that are kept, those of the largest expected energy; None for all.
-        core_bits: 8, 4 or 2 bits a value of the core, None the dtype of the input.
+        core_bits: 8, 4, 2 or 1 bits a value of the core, None the dtype of the input.
         bytes: what the layer will hold, scales included; 0 where another layer of the same input holds it.
         dense_bytes: what a plain layer holds.
         flops: floating point operations of the projection and of the weight gradient from the core.

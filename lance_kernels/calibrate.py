@@ -23,7 +23,7 @@ from lance_kernels.config import LanceConfig
 from lance_kernels.convert import compressed_layers
 from lance_kernels.distributed import Ranks
 from lance_kernels.ops._checks import FLOATING
-from lance_kernels.plan import plan
+from lance_kernels.plan import PLANNED_BITS, plan
 from lance_kernels.state import atomic_save, share_factors
 
 
@@ -92,7 +92,8 @@ class Calibration:
         rules = {name: config or layers[name].lance_config for name in self.layers}
         budget = next((rule.budget_bytes for rule in rules.values()), None)
         if budget is not None:
-            bits = (None,) if next(iter(rules.values())).core_bits is None else (8, 4, 2)
+            width = next(iter(rules.values())).core_bits
+            bits = (width,) if width in (None, 1) else PLANNED_BITS
             planned = plan(model, self, budget, bits=bits, config=config)
             planned.apply(model, self)
             return {name: layer.ranks for name, layer in planned.layers.items()}

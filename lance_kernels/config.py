@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lance_kernels.ops.pack_core import BITS
+
 RankRule = float | int | Sequence[int | None]
 
 
@@ -19,7 +21,7 @@ class LanceConfig:
 
     Attributes:
         energy: fraction of a mode's energy (sum of squares) that its factor keeps, in (0, 1].
-        core_bits: 8, 4 or 2 bits a value of the core; None keeps the dtype of the input.
+        core_bits: 8, 4, 2 or 1 bits a value of the core; None keeps the dtype of the input.
         batch_mode: "keep" stores every sample's core; "fixed" compresses the batch mode too, as published.
         companions: which neighbours of the compressed layers are swapped for forms that hold less: "none", "exact"
             (those whose gradient is exact), "quantized" (all, in 8 bits) or "smallest" (all, derivatives of
@@ -44,7 +46,7 @@ class LanceConfig:
     """
 
     energy: float = 0.85
-    core_bits: Literal[8, 4, 2] | None = 4
+    core_bits: Literal[8, 4, 2, 1] | None = 4
     batch_mode: Literal["keep", "fixed"] = "keep"
     companions: Literal["none", "exact", "quantized", "smallest"] = "exact"
     target_modules: Sequence[str] | None = None
@@ -58,7 +60,7 @@ class LanceConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.energy <= 1, "energy", self.energy, "a number in (0, 1]")
-        _require(self.core_bits in (8, 4, 2, None), "core_bits", self.core_bits, "8, 4, 2 or None")
+        _require(self.core_bits in (*BITS, None), "core_bits", self.core_bits, "8, 4, 2, 1 or None")
         _require(self.batch_mode in ("keep", "fixed"), "batch_mode", self.batch_mode, '"keep" or "fixed"')
         _require(
             self.companions in ("none", "exact", "quantized", "smallest"),

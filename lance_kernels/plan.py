@@ -28,6 +28,9 @@ from lance_kernels.state import share_factors
 if TYPE_CHECKING:
     from lance_kernels.calibrate import Calibration, Spectrum
 
+# Signs alone are another thing than a gradient that is nearly true, and chosen only when asked for.
+PLANNED_BITS = (8, 4, 2)
+
 
 @dataclass
 class Plan:
@@ -105,7 +108,7 @@ def plan(
     budget_bytes: int,
     *,
     batch_size: int | None = None,
-    bits: Iterable[int | None] = (8, 4, 2),
+    bits: Iterable[int | None] = PLANNED_BITS,
     config: LanceConfig | None = None,
 ) -> Plan:
     """Chooses what every layer's core keeps, and its bits, so that all of it together stays within a budget.

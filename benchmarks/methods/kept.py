@@ -135,7 +135,7 @@ def keep_less(
         model: the model.
         names: its layers to change, each exactly a `Conv2d` with zero padding or a `Linear`.
         make: the compression of a layer, by name.
-        bits: 8, 4 or 2 bits a value of what is kept; 0 keeps the dtype.
+        bits: 8, 4, 2 or 1 bits a value of what is kept; 0 keeps the dtype.
 
     Returns:
         `model`.

@@ -19,7 +19,7 @@ from benchmarks.methods.perplexity import choose_ranks
 from benchmarks.methods.recompute import checkpoint_blocks, compile_with_budget
 from benchmarks.methods.tucker import Fixed, Hosvd, SubspaceIteration, hosvd_factors
 
-Bits = Literal[8, 4, 2] | None
+Bits = Literal[8, 4, 2, 1] | None
 CALIBRATION_BATCHES = 100
 # Energies from which a rival's largest within a byte budget is taken.
 ENERGIES = tuple(step / 100 for step in range(98, 8, -2))

@@ -17,7 +17,8 @@ constexpr int scale_count = missing - 1;
 constexpr int64_t groups_at_once = 1024;
 
 void check_bits(const char* operation, int64_t bits) {
-  check(bits == 8 || bits == 4 || bits == 2, "lance::", operation, ": bits is ", bits, "; expected 8, 4 or 2");
+  check(bits == 8 || bits == 4 || bits == 2 || bits == 1, "lance::", operation, ": bits is ", bits,
+        "; expected 8, 4, 2 or 1");
 }
 
 struct Layout {
@@ -83,7 +84,28 @@ float largest_magnitude(const Group& group) {
   return magnitude;
 }
 
-// One group's codes, least significant bits first.
+// The mean magnitude of the first `size` values, of which the others are zero. Neighbours are added first: the order of
+// sums is part of the format. Divided before, they stay finite.
+float mean_magnitude(const Group& group, int64_t size) {
+  Group sums;
+  for (int64_t place = 0; place < group_size; ++place) {
+    sums[place] = std::abs(group[place]) / group_size;
+  }
+  for (int64_t width = group_size / 2; width > 0; width /= 2) {
+    for (int64_t place = 0; place < width; ++place) {
+      sums[place] = sums[2 * place] + sums[2 * place + 1];
+    }
+  }
+  return sums[0] * (static_cast<float>(group_size) / static_cast<float>(size));
+}
+
+// What a group's scale is chosen by.
+template <int bits>
+float magnitude_of(const Group& group, int64_t size) {
+  return bits > 1 ? largest_magnitude(group) : mean_magnitude(group, size);
+}
+
+// One group's codes, least significant bits first; with one bit, 1 for a value that is not negative.
 template <int bits>
 std::array<uint8_t, group_size * bits / 8> codes_of(const Group& group, float step) {
   constexpr int per_byte = 8 / bits;
@@ -92,9 +114,13 @@ std::array<uint8_t, group_size * bits / 8> codes_of(const Group& group, float st
   constexpr float rounder = 1.5f * (1 << 23);
   std::array<int32_t, group_size> whole;
   for (int64_t place = 0; place < group_size; ++place) {
-    const float ratio = std::min(std::max(group[place] / step, -largest), largest);
-    const float rounded = (ratio + rounder) - rounder;
-    whole[place] = static_cast<int32_t>(rounded + largest);
+    if constexpr (bits == 1) {
+      whole[place] = group[place] < 0 ? 0 : 1;
+    } else {
+      const float ratio = std::min(std::max(group[place] / step, -largest), largest);
+      const float rounded = (ratio + rounder) - rounder;
+      whole[place] = static_cast<int32_t>(rounded + largest);
+    }
   }
   std::array<uint8_t, group_size * bits / 8> codes;
   for (size_t byte = 0; byte < codes.size(); ++byte) {
@@ -107,14 +133,14 @@ std::array<uint8_t, group_size * bits / 8> codes_of(const Group& group, float st
   return codes;
 }
 
-// Two passes over a core that fits the cache: the groups' largest magnitudes, then the codes. Scratch: one float a
-// group.
+// Two passes over a core that fits the cache: the groups' magnitudes, then the codes. Scratch: one float a group.
 template <int bits, typename T>
 void pack(const T* values, const Layout& layout, uint8_t* packed) {
   std::vector<float> magnitudes(layout.groups);
   parallel_for(0, layout.groups, groups_at_once, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
-      magnitudes[group] = largest_magnitude(load(values, layout, group));
+      const int64_t size = std::min(group_size, layout.count - group * group_size);
+      magnitudes[group] = magnitude_of<bits>(load(values, layout, group), size);
     }
   });
   float base = 0;
@@ -123,7 +149,7 @@ void pack(const T* values, const Layout& layout, uint8_t* packed) {
   }
   const std::array<float, scale_count> scales = scales_below(base);
   parallel_for(0, layout.groups, groups_at_once, [&](int64_t begin, int64_t end) {
-    constexpr float largest = (1 << (bits - 1)) - 1;
+    constexpr float largest = bits > 1 ? (1 << (bits - 1)) - 1 : 1;
     for (int64_t group = begin; group < end; ++group) {
       const float magnitude = magnitudes[group];
       int chosen = missing;
@@ -136,8 +162,9 @@ void pack(const T* values, const Layout& layout, uint8_t* packed) {
         step = scales[chosen] / largest;
       }
       packed[layout.scales + group] = static_cast<uint8_t>(chosen);
-      // Without a step every code is that of zero.
-      const auto codes = step > 0 ? codes_of<bits>(load(values, layout, group), step) : codes_of<bits>({}, 1);
+      // Without a step every code is that of zero; signs need none.
+      const bool usable = step > 0 || (bits == 1 && chosen != missing);
+      const auto codes = usable ? codes_of<bits>(load(values, layout, group), step) : codes_of<bits>({}, 1);
       const int64_t offset = group * static_cast<int64_t>(codes.size());
       const int64_t size = std::min<int64_t>(codes.size(), layout.scales - layout.codes - offset);
       std::copy_n(codes.begin(), size, packed + layout.codes + offset);
@@ -150,7 +177,9 @@ template <int bits, typename T>
 void unpack(const uint8_t* packed, const Layout& layout, T* values) {
   constexpr int per_byte = 8 / bits;
   constexpr int mask = (1 << bits) - 1;
-  constexpr float largest = (1 << (bits - 1)) - 1;
+  // A code of one bit is a sign: 0 for -1, 1 for 1.
+  constexpr float spacing = bits > 1 ? 1 : 2;
+  constexpr float largest = bits > 1 ? (1 << (bits - 1)) - 1 : 1;
   float base;
   std::memcpy(&base, packed, sizeof(base));
   const std::array<float, scale_count> scales = scales_below(base);
@@ -167,7 +196,7 @@ void unpack(const uint8_t* packed, const Layout& layout, T* values) {
       const int64_t size = std::min(group_size, layout.count - group * group_size);
       for (int64_t index = 0; index < size; ++index) {
         const int code = (codes[index / per_byte] >> (index % per_byte * bits)) & mask;
-        to[index] = static_cast<T>((static_cast<float>(code) - largest) * step);
+        to[index] = static_cast<T>((static_cast<float>(code) * spacing - largest) * step);
       }
     }
   });
@@ -181,8 +210,10 @@ void dispatch_bits(int64_t bits, const Body& body) {
       return body(std::integral_constant<int, 8>{});
     case 4:
       return body(std::integral_constant<int, 4>{});
-    default:
+    case 2:
       return body(std::integral_constant<int, 2>{});
+    default:
+      return body(std::integral_constant<int, 1>{});
   }
 }
 

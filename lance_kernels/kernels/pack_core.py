@@ -1,6 +1,6 @@
 """`pack_core` and `unpack_core` on a GPU; the buffer's layout is that of `lance_kernels/ops/pack_core.py`.
 
-Packing takes two launches: the groups' largest magnitudes, whose own largest is the core's `base`, then scales and
+Packing takes two launches: the groups' magnitudes, whose own largest is the core's `base`, then scales and
 codes. Divisions and roundings are IEEE's, so the bytes are those of the reference.
 """
 
@@ -19,14 +19,27 @@ GROUPS = 64  # groups a program takes
 
 
 @triton.jit
-def magnitudes_kernel(core_pointer, magnitudes_pointer, count, GROUPS: tl.constexpr, GROUP: tl.constexpr):
-    """Largest magnitude of every group; as integers, NaN and infinity are above every number."""
+def magnitudes_kernel(
+    core_pointer, magnitudes_pointer, count, BITS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr
+):
+    """Every group's largest magnitude, or with one bit its mean one."""
     groups = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     places = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (GROUPS, GROUP)
     values = tl.load(core_pointer + places, mask=places < count, other=0.0).to(tl.float32)
-    words = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    largest = tl.max(words, axis=1)  # (GROUPS,)
-    tl.store(magnitudes_pointer + groups, largest.to(tl.float32, bitcast=True), mask=groups * GROUP < count)
+    if BITS == 1:
+        # Neighbours first: the order of sums is part of the format.
+        sums = tl.abs(values) / GROUP  # (GROUPS, GROUP)
+        for halving in tl.static_range(4):
+            pairs = tl.reshape(sums, (GROUPS, GROUP // (2 << halving), 2))
+            first, second = tl.split(pairs)
+            sums = first + second
+        sizes = tl.minimum(count - groups * GROUP, GROUP).to(tl.float32)
+        magnitudes = tl.reshape(sums, (GROUPS,)) * tl.div_rn(tl.full([GROUPS], GROUP * 1.0, tl.float32), sizes)
+    else:
+        # As integers, NaN and infinity are above every number.
+        words = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        magnitudes = tl.max(words, axis=1).to(tl.float32, bitcast=True)  # (GROUPS,)
+    tl.store(magnitudes_pointer + groups, magnitudes, mask=groups * GROUP < count)
 
 
 @triton.jit
@@ -47,7 +60,7 @@ def pack_kernel(
     """Scale and codes of every group, least significant bits first."""
     PER_BYTE: tl.constexpr = 8 // BITS
     BYTES: tl.constexpr = GROUP // PER_BYTE
-    LARGEST: tl.constexpr = 2 ** (BITS - 1) - 1
+    LARGEST: tl.constexpr = 2 ** (BITS - 1) - 1 if BITS > 1 else 1
     groups = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     inside = groups * GROUP < count
     base = tl.load(base_pointer)
@@ -63,17 +76,21 @@ def pack_kernel(
         low = tl.where(reaches, middle, low)
         high = tl.where(reaches, high, middle - 1)
     tl.store(scales_pointer + groups, tl.where(finite, low, MISSING).to(tl.uint8), mask=inside)
-    steps = tl.div_rn(base * tl.load(table_pointer + low), LARGEST * 1.0)
-    usable = finite & (steps > 0)
-    steps = tl.where(usable, steps, 1.0)
     places = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (GROUPS, GROUP)
     values = tl.load(core_pointer + places, mask=places < count, other=0.0).to(tl.float32)
-    values = tl.where(usable[:, None], values, 0.0)
-    ratios = tl.div_rn(values, tl.broadcast_to(steps[:, None], (GROUPS, GROUP)))
-    ratios = tl.minimum(tl.maximum(ratios, -LARGEST * 1.0), LARGEST * 1.0)
-    # Adding it leaves no bits behind the point: rounds to nearest, ties to even.
-    rounded = (ratios + 12582912.0) - 12582912.0
-    whole = tl.reshape((rounded + LARGEST).to(tl.int32), (GROUPS, BYTES, PER_BYTE))
+    if BITS == 1:
+        codes = tl.where(finite[:, None] & (values < 0), 0, 1)
+    else:
+        steps = tl.div_rn(base * tl.load(table_pointer + low), LARGEST * 1.0)
+        usable = finite & (steps > 0)
+        steps = tl.where(usable, steps, 1.0)
+        values = tl.where(usable[:, None], values, 0.0)
+        ratios = tl.div_rn(values, tl.broadcast_to(steps[:, None], (GROUPS, GROUP)))
+        ratios = tl.minimum(tl.maximum(ratios, -LARGEST * 1.0), LARGEST * 1.0)
+        # Adding it leaves no bits behind the point: rounds to nearest, ties to even.
+        rounded = (ratios + 12582912.0) - 12582912.0
+        codes = (rounded + LARGEST).to(tl.int32)
+    whole = tl.reshape(codes, (GROUPS, BYTES, PER_BYTE))
     shifts = tl.arange(0, PER_BYTE) * BITS
     packed = tl.sum(whole << shifts[None, None, :], axis=2)  # (GROUPS, BYTES)
     targets = groups[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
@@ -95,7 +112,9 @@ def unpack_kernel(
 ):
     """Values from codes and scales."""
     PER_BYTE: tl.constexpr = 8 // BITS
-    LARGEST: tl.constexpr = 2 ** (BITS - 1) - 1
+    # A code of one bit is a sign: 0 for -1, 1 for 1.
+    SPACING: tl.constexpr = 1 if BITS > 1 else 2
+    LARGEST: tl.constexpr = 2 ** (BITS - 1) - 1 if BITS > 1 else 1
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < count
     scales = tl.load(scales_pointer + places // GROUP, mask=inside, other=0).to(tl.int32)  # (BLOCK,)
@@ -104,7 +123,7 @@ def unpack_kernel(
     steps = tl.where(known, tl.div_rn(steps, LARGEST * 1.0), float("nan"))
     bytes_read = tl.load(codes_pointer + places // PER_BYTE, mask=inside, other=0).to(tl.int32)
     codes = (bytes_read >> ((places % PER_BYTE) * BITS).to(tl.int32)) & (2**BITS - 1)
-    values = (codes - LARGEST).to(tl.float32) * steps
+    values = (codes * SPACING - LARGEST).to(tl.float32) * steps
     tl.store(core_pointer + places, values.to(core_pointer.dtype.element_ty), mask=inside)
 
 
@@ -120,7 +139,7 @@ def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
         return packed.zero_()
     # float64 is narrowed here, as the reference does, so that the kernels have one way to round.
     dense = dense.float() if dense.dtype == torch.float64 else dense
-    magnitudes_kernel[grid](dense, magnitudes, count, GROUPS=GROUPS, GROUP=GROUP)
+    magnitudes_kernel[grid](dense, magnitudes, count, BITS=bits, GROUPS=GROUPS, GROUP=GROUP)
     base = torch.where(magnitudes.isfinite(), magnitudes, 0.0).amax().view(1)
     packed[:4] = base.view(torch.uint8)
     codes, scales = packed[4 : 4 + code_bytes], packed[4 + code_bytes :]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lance_kernels.ops._checks import FLOATING
+from lance_kernels.ops.pack_core import BITS
 
 if TYPE_CHECKING:
     from lance_kernels.nn._compressed import CompressedLayer
@@ -179,7 +180,7 @@ def _form(value: torch.Tensor) -> tuple[int, int] | None:
     if value.dtype != torch.int64 or tuple(value.shape) != (2,) or value.is_meta:
         return None
     modes, bits = value.tolist()
-    return (modes, bits) if 1 <= modes <= MOST_MODES and bits in (0, 2, 4, 8) else None
+    return (modes, bits) if 1 <= modes <= MOST_MODES and bits in (0, *BITS) else None
 
 
 def _owner_name(value: torch.Tensor) -> str | None:

@@ -44,7 +44,7 @@ def linear(
         weight: `(O, D)`, dtype of `x` (under autocast both are cast).
         bias: `(O,)` or None.
         factors: one `(size, rank)` matrix or None a mode of `x`.
-        core_bits: 0 keeps the core in the dtype of `x`; 8, 4 or 2 keep what `pack_core` makes of it.
+        core_bits: 0 keeps the core in the dtype of `x`; 8, 4, 2 or 1 keep what `pack_core` makes of it.
         core_lengths: of each sample's core, how many leading values of the last mode are kept, by the indices of the
             modes between: an integer tensor of the shape of the core without its first and last mode. The rest count
             as zero. None keeps all.

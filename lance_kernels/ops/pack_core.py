@@ -1,10 +1,12 @@
-"""Cores in few bits: `pack_core` rounds to 8, 4 or 2 bits a value, `unpack_core` gives the values back.
+"""Cores in few bits: `pack_core` rounds to 8, 4, 2 or 1 bits a value, `unpack_core` gives the values back.
 
 The core's values, in order, form groups of 16. A group's scale is the smallest `base * 2^(-c / 8)`, `c` from 0 to 253,
-that is not below its largest magnitude; `base` is the core's largest. A value `v` becomes the integer nearest to
-`v / step`, `step = scale / L` with `L = 2^(bits-1) - 1`. So `|v - unpacked| <= step / 2`, and `step` is at most
-`2^(1/8)` times the group's largest magnitude over `L` unless that lies more than `2^31` below the core's. The buffer
-holds `base` (float32), the codes, least significant bits first, and one byte a group: 4.5 bits a value at 4 bits.
+that is not below its magnitude, the largest of its values'; `base` is the largest of all groups. A value `v` becomes
+the integer nearest to `v / step`, `step = scale / L` with `L = 2^(bits-1) - 1`. So `|v - unpacked| <= step / 2`, and
+`step` is at most `2^(1/8)` times the group's magnitude over `L` unless that lies more than `2^31` below `base`. With
+1 bit a group's magnitude is the mean of its values' and all that is kept of a value is its sign: it unpacks to plus or
+minus the scale, a zero to plus. The buffer holds `base` (float32), the codes, least significant bits first, and one
+byte a group: 4.5 bits a value at 4 bits.
 
 Neighbours of a core are alike enough for this: at equal bytes it gave a higher gradient cosine than a bfloat16 scale a
 row, scales along the channel mode, or values sorted by their expected variance (docs/decisions.md).
@@ -22,7 +24,7 @@ from torch.nn import functional as F
 from lance_kernels.ops._checks import FLOATING, check, check_floating
 from lance_kernels.ops._registry import define, not_differentiable, register_triton
 
-BITS = (8, 4, 2)
+BITS = (8, 4, 2, 1)
 GROUP = 16
 MISSING = 255  # the scale code of a group that holds NaN or infinity
 
@@ -32,7 +34,7 @@ def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         core: any shape, float32, float64, bfloat16 or float16, any strides.
-        bits: 8, 4 or 2.
+        bits: 8, 4, 2 or 1.
 
     Returns:
         One uint8 buffer of `packed_bytes(core.shape, bits)` bytes. A group that holds NaN or infinity (in float32)
@@ -51,7 +53,7 @@ def unpack_core(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: tor
     Args:
         packed: the buffer, uint8, `(packed_bytes(size, bits),)`.
         size: the core's shape.
-        bits: 8, 4 or 2, as packed.
+        bits: 8, 4, 2 or 1, as packed.
         dtype: dtype of the result.
 
     Returns:
@@ -77,7 +79,7 @@ def core_bytes(size: Sequence[int], bits: int | None, itemsize: int) -> int:
 
 def check_bits(operator: str, bits: int) -> None:
     """Refuses a number of bits that no packed core has."""
-    check(bits in BITS, f"lance::{operator}: bits is {bits}; expected 8, 4 or 2")
+    check(bits in BITS, f"lance::{operator}: bits is {bits}; expected 8, 4, 2 or 1")
 
 
 @cache
@@ -91,20 +93,35 @@ def _pack_reference(core: torch.Tensor, bits: int) -> torch.Tensor:
     check_floating("pack_core", "core", core)
     largest, count, per_byte = 2 ** (bits - 1) - 1, core.numel(), 8 // bits
     groups = F.pad(core.reshape(-1).float(), (0, -count % GROUP)).view(-1, GROUP)
-    absmax = groups.abs().amax(dim=1) if count else groups.new_zeros(0)
-    finite = absmax.isfinite()
-    base = torch.where(finite, absmax, 0.0).amax() if count else groups.new_zeros(())
+    magnitudes = _magnitudes(groups, count, bits) if count else groups.new_zeros(0)
+    finite = magnitudes.isfinite()
+    base = torch.where(finite, magnitudes, 0.0).amax() if count else groups.new_zeros(())
     scales = base * scale_table(core.device)
     rising = scales.flip(0).contiguous()
-    chosen = MISSING - 2 - torch.searchsorted(rising, absmax.contiguous()).clamp_max(MISSING - 2)
-    steps = (scales[chosen] / largest).unsqueeze(1)
-    codes = torch.where(steps > 0, (groups / steps).round().clamp(-largest, largest), 0.0)
-    codes = torch.where(finite.unsqueeze(1), codes, 0.0) + largest
+    chosen = MISSING - 2 - torch.searchsorted(rising, magnitudes.contiguous()).clamp_max(MISSING - 2)
+    if bits == 1:
+        codes = (~(groups < 0) | ~finite.unsqueeze(1)).float()
+    else:
+        steps = (scales[chosen] / largest).unsqueeze(1)
+        codes = torch.where(steps > 0, (groups / steps).round().clamp(-largest, largest), 0.0)
+        codes = torch.where(finite.unsqueeze(1), codes, 0.0) + largest
     # Behind the core's end the last byte holds codes of zero.
     stream = codes.reshape(-1)[: count + -count % per_byte].to(torch.uint8).view(-1, per_byte)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=core.device)
     packed = (stream << shifts).sum(dim=1, dtype=torch.uint8)
     return torch.cat([base.view(1).view(torch.uint8), packed, torch.where(finite, chosen, MISSING).to(torch.uint8)])
+
+
+def _magnitudes(groups: torch.Tensor, count: int, bits: int) -> torch.Tensor:
+    """What the groups' scales are chosen by, `(groups,)`: the largest magnitude, for signs the mean one."""
+    if bits > 1:
+        return groups.abs().amax(dim=1)
+    # Neighbours first: the order of sums is part of the format. Divided before, they stay finite.
+    sums = groups.abs() / GROUP
+    while sums.shape[1] > 1:
+        sums = sums[:, 0::2] + sums[:, 1::2]
+    sums[-1] *= GROUP / (GROUP - -count % GROUP)
+    return sums.squeeze(1)
 
 
 def _pack_fake(core: torch.Tensor, bits: int) -> torch.Tensor:
@@ -131,14 +148,16 @@ def check_packed(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: to
 
 def _unpack_reference(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: torch.dtype) -> torch.Tensor:
     check_packed(packed, size, bits, dtype)
-    largest, count = 2 ** (bits - 1) - 1, math.prod(size)
+    # A code of 1 bit is a sign: 0 for -1, 1 for 1.
+    spacing, largest = (1, 2 ** (bits - 1) - 1) if bits > 1 else (2, 1)
+    count = math.prod(size)
     split = 4 + (count * bits + 7) // 8
     base, codes, chosen = packed[:4].clone().view(torch.float32), packed[4:split], packed[split:]
     table = F.pad(base * scale_table(packed.device) / largest, (0, 2), value=torch.nan)
     steps = table[chosen.long()].repeat_interleave(GROUP)[:count]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     stream = (codes.unsqueeze(1) >> shifts) & (2**bits - 1)
-    values: torch.Tensor = (stream.reshape(-1)[:count].float() - largest) * steps
+    values: torch.Tensor = (stream.reshape(-1)[:count].float() * spacing - largest) * steps
     return values.to(dtype).reshape(tuple(size))
 
 

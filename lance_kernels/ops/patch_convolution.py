@@ -43,7 +43,7 @@ def patch_convolution(
         groups: number of groups; divides C and O.
         factor: `(groups, C / groups * prod(K), rank)`; every weight gradient's rows lie in its span.
         spatial_factors: one `(S'_i, R_i)` matrix or None (mode kept) a spatial mode of the output.
-        core_bits: 0 keeps the core in the dtype of `x`; 8, 4 or 2 keep what `pack_core` makes of it.
+        core_bits: 0 keeps the core in the dtype of `x`; 8, 4, 2 or 1 keep what `pack_core` makes of it.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
 
     Returns:

@@ -17,7 +17,7 @@ from tests.fuzz.drawing import Draw, assert_close, floating, fuzzes, maybe, shap
 from tests.ops.cases import Geometry, cast, dense, factored, geometries
 
 ops = torch.ops.lance
-BITS = st.sampled_from((0, 8, 4, 2))
+BITS = st.sampled_from((0, 8, 4, 2, 1))
 
 
 def factors_for(draw: Draw, size: list[int], dtype: torch.dtype) -> list[torch.Tensor | None]:
@@ -162,7 +162,7 @@ fuzzes("linear_weight_bias_grad", check_linear_weight_bias_grad)(linear_weight_g
 
 @fuzzes("pack_core", lambda result, core, bits: check_packed(result, core, bits))
 def _(draw: Draw) -> list[Any]:
-    return [values(draw, shape(draw), floating(draw)), draw(st.sampled_from((8, 4, 2)))]
+    return [values(draw, shape(draw), floating(draw)), draw(st.sampled_from((8, 4, 2, 1)))]
 
 
 def check_packed(packed: torch.Tensor, core: torch.Tensor, bits: int) -> None:
@@ -186,7 +186,7 @@ def check_unpacked(result: torch.Tensor, packed: torch.Tensor, size: list[int], 
 
 @fuzzes("unpack_core", check_unpacked)
 def _(draw: Draw) -> list[Any]:
-    size, bits = shape(draw), draw(st.sampled_from((8, 4, 2)))
+    size, bits = shape(draw), draw(st.sampled_from((8, 4, 2, 1)))
     packed = ops.pack_core(torch.randn(size), bits)
     return [packed, size, bits, floating(draw)]
 

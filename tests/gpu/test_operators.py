@@ -135,7 +135,7 @@ def test_eigenvectors(device):
     assert_near((vectors @ values.diag() @ vectors.mT).cpu(), gram.cpu().double(), factor=100)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_packed_cores_have_the_bytes_of_the_cpu(device, bits, dtype):
     core = (torch.randn(33, 17) * torch.rand(33, 17) ** 10).to(dtype)

@@ -18,7 +18,7 @@ def main() -> None:
     torch.manual_seed(0)
     cases = 0
     scaled = [*((dtype, 1.0) for dtype in DTYPES), (torch.float32, 1e-30), (torch.float32, 1e-42)]
-    for bits, shape, (dtype, scale) in itertools.product((8, 4, 2), SHAPES, scaled):
+    for bits, shape, (dtype, scale) in itertools.product((8, 4, 2, 1), SHAPES, scaled):
         core = (torch.randn(shape) * torch.rand(shape) ** 10 * scale).to(dtype)
         if core.numel() > 40:
             core.view(-1)[3], core.view(-1)[37] = torch.nan, torch.inf

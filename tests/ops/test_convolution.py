@@ -109,7 +109,7 @@ def test_forward_has_the_bits_of_torch(dtype):
     assert torch.equal(y, torch.conv2d(x, weight, None, 2, 1, 1, 2))
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
 def test_packed_core_gives_the_gradient_of_what_it_unpacks_to(bits):
     x, weight = torch.randn(2, 6, 8, 8), torch.randn(4, 6, 3, 3, requires_grad=True)
     factors = [None, *(orthonormal(size, 3, torch.float32) for size in (6, 8, 8))]

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lance_kernels.ops import convolution, convolution_given_core, linear, linear_given_core
 from tests.ops.cases import DTYPES, cast, factored, geometries, orthonormal
 
-BITS = (0, 8, 4, 2)
+BITS = (0, 8, 4, 2, 1)
 
 
 def leaves(*shapes, dtype=torch.float32):

@@ -73,7 +73,7 @@ def test_full_rank_is_the_plain_gradient(shape):
         assert_near(mine, theirs, factor=10)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
 def test_packed_core_gives_the_gradient_of_what_it_unpacks_to(bits):
     x, weight = torch.randn(4, 5, 6), torch.randn(3, 6, requires_grad=True)
     factors = [None, orthonormal(5, 2, torch.float32), orthonormal(6, 4, torch.float32)]

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from lance_kernels.ops import pack_core, unpack_core
-from lance_kernels.ops.pack_core import GROUP, _pack_reference, _unpack_reference, packed_bytes
+from lance_kernels.ops.pack_core import BITS, GROUP, _pack_reference, _unpack_reference, packed_bytes
 from tests.ops.cases import DTYPES, LAYOUTS, lay_out
 
 shapes = st.lists(st.integers(0, 9), min_size=1, max_size=5).map(tuple)
-bits = st.sampled_from((8, 4, 2))
+bits = st.sampled_from(BITS)
 
 
 def groups_of(core: torch.Tensor) -> torch.Tensor:
@@ -23,7 +23,7 @@ def groups_of(core: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(flat, (0, -flat.numel() % GROUP)).view(-1, GROUP)
 
 
-@given(shape=shapes, bits=bits, dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS))
+@given(shape=shapes, bits=st.sampled_from((8, 4, 2)), dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS))
 def test_error_is_at_most_half_a_step(shape, bits, dtype, layout):
     core = lay_out(torch.randn(shape).to(dtype), layout)
     packed = pack_core(core, bits)
@@ -34,6 +34,28 @@ def test_error_is_at_most_half_a_step(shape, bits, dtype, layout):
     # Half a step, and the float32 roundings of scale and product.
     step = 2**0.125 * groups_of(core).abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
     assert ((groups_of(unpacked) - groups_of(core)).abs() <= step * (0.5 + 1e-4)).all()
+
+
+@given(shape=shapes, dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS))
+def test_one_bit_keeps_signs_and_the_mean_magnitude(shape, dtype, layout):
+    core = lay_out(torch.randn(shape).to(dtype), layout)
+    packed = pack_core(core, 1)
+    assert packed.shape == (packed_bytes(shape, 1),)
+    unpacked = unpack_core(packed, shape, 1, torch.float64)
+    assert torch.equal(unpacked < 0, core < 0)
+    sizes = groups_of(torch.ones(shape)).sum(1)
+    means = groups_of(core).abs().sum(1) / sizes
+    found = groups_of(unpacked).abs()
+    assert torch.equal(found.sum(1), found.amax(1) * sizes)
+    assert (found.amax(1) >= means * (1 - 1e-6)).all()
+    assert (found.amax(1) <= means * 2**0.125 * (1 + 1e-6)).all()
+
+
+def test_one_bit_of_large_and_of_small_values():
+    core = torch.tensor([3e38, -3e38, 1e38, -1e38] * 4)
+    assert unpack_core(pack_core(core, 1), core.shape, 1, torch.float32).abs().equal(torch.full((16,), 2e38))
+    zeros = torch.tensor([0.0, -0.0, 4.0, -4.0])
+    assert unpack_core(pack_core(zeros, 1), (4,), 1, torch.float32).tolist() == [2.0, 2.0, 2.0, -2.0]
 
 
 @given(shape=shapes, bits=bits, dtype=st.sampled_from(DTYPES), scale=st.sampled_from((1.0, 1e-30, 1e30, 1e-42)))
@@ -55,12 +77,12 @@ def test_tiny_groups_beside_a_large_one():
     assert torch.equal(unpacked, torch.cat([core[:GROUP], torch.zeros(GROUP)]))
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", BITS)
 def test_zero_core_unpacks_to_zero(bits):
     assert not unpack_core(pack_core(torch.zeros(2, 3, 4), bits), (2, 3, 4), bits, torch.float32).any()
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nan_and_infinity_poison_their_group_only(bits, bad):
     core = torch.randn(3, 4, GROUP)
@@ -80,7 +102,7 @@ def test_float64_beyond_float32_becomes_nan_not_a_number():
     assert unpack_core(pack_core(core, 4), core.shape, 4, torch.float64).isnan().all()
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", BITS)
 def test_opcheck(bits):
     core = torch.randn(3, 5, 2, 3)
     packed = pack_core(core, bits)
@@ -90,7 +112,7 @@ def test_opcheck(bits):
 
 def test_refusals():
     core = torch.randn(3, 4)
-    with pytest.raises(RuntimeError, match="bits is 3; expected 8, 4 or 2"):
+    with pytest.raises(RuntimeError, match="bits is 3; expected 8, 4, 2 or 1"):
         pack_core(core, 3)
     with pytest.raises(RuntimeError, match=r"core has dtype torch.int64"):
         pack_core(core.long(), 4)
