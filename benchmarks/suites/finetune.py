@@ -39,6 +39,10 @@ CALIBRATION_BATCHES = 100
 SHARE = 100
 PLAIN, PUBLISHED = "plain", "published, energy 0.7"
 AT_PUBLISHED, AT_SHARE = "lance, at the published form's bytes", f"lance, at 1/{SHARE} of the bytes"
+SIGNS_AT_PUBLISHED = "lance, 1 bit, at the published form's bytes"
+SIGNS_AT_SHARE = f"lance, 1 bit and fewer operations, at 1/{SHARE} of the bytes"
+# Operations of projections and weight gradients over the dense weight gradients', for a step within `OPERATIONS`.
+MAX_WORK = {"last2": 0.6, "last4": 0.6, "all": 0.25}
 
 SUITE = register(
     Suite(
@@ -58,13 +62,17 @@ class Task:
     Attributes:
         model: the trained part of the network, its last layers, in training mode.
         names: its convolutions.
+        layers: which of the whole network's they are, as `parts` takes it.
         data: the frozen part's outputs in place of images.
         recipe: how to train.
         seed: seed of head and order.
     """
 
-    def __init__(self, start: nn.Module, names: list[str], data: Images, recipe: Recipe, seed: int) -> None:
-        self.model, self.names, self.data, self.recipe, self.seed = copy.deepcopy(start), names, data, recipe, seed
+    def __init__(
+        self, start: nn.Module, names: list[str], data: Images, layers: str, recipe: Recipe, seed: int
+    ) -> None:
+        self.model, self.names, self.data = copy.deepcopy(start), names, data
+        self.layers, self.recipe, self.seed = layers, recipe, seed
         restart_head(self.model, data.classes, torch.Generator().manual_seed(seed))
         train_mode(self.model, frozen_norms=True)
 
@@ -147,7 +155,7 @@ def task(context: Context, layers: str, recipe: str, seed: int) -> Task:
     """The task of one seed of fine-tuning; all seeds start from the one network of the context's seed."""
     chosen = Recipe(1, 64, 0.01) if context.quick else RECIPES[recipe]
     made = parts(context.data, layers, context.quick, context.seed, context.device, context.backbone)
-    return Task(*made, chosen, seed)
+    return Task(*made, layers, chosen, seed)
 
 
 Make = Callable[[Task], Method]
@@ -156,6 +164,10 @@ CLAIMS: dict[str, Make] = {
     PUBLISHED: lambda task: methods.published(0.7),
     AT_PUBLISHED: lambda task: methods.ours(budget_bytes=task.published_bytes()),
     AT_SHARE: lambda task: methods.ours(budget_bytes=task.dense_bytes // SHARE),
+    SIGNS_AT_PUBLISHED: lambda task: methods.ours(budget_bytes=task.published_bytes(), core_bits=1),
+    SIGNS_AT_SHARE: lambda task: methods.ours(
+        budget_bytes=task.dense_bytes // SHARE, core_bits=1, max_work=MAX_WORK[task.layers]
+    ),
 }
 RIVALS: dict[str, Make] = {
     "HOSVD every step": lambda task: methods.hosvd(budget_bytes=task.dense_bytes // SHARE),
@@ -165,6 +177,8 @@ RIVALS: dict[str, Make] = {
     "gradient filtering, R=4": lambda task: methods.gradient_filtering(4),
     "gradient filtering, R=4, 4 bits": lambda task: methods.gradient_filtering(4, 4),
     "published, 4 bits": lambda task: methods.published(0.85, 4),
+    "published, 1 bit": lambda task: methods.published(0.9, 1),
+    "gradient filtering, R=2, 1 bit": lambda task: methods.gradient_filtering(2, 1),
     "LoRA, rank 8": lambda task: methods.lora(8),
 }
 IN_4_BITS = ("HOSVD every step, 4 bits", "ASI, 4 bits", "gradient filtering, R=4, 4 bits")
@@ -270,7 +284,7 @@ def steps_case(layers: str, timed: bool, context: Context) -> list[Row]:
     chosen = {**CLAIMS, **RIVALS, **FORMS, "checkpointed by block": lambda task: methods.checkpointed()}
     makers = {name: partial(make, work) for name, make in chosen.items()}
     targets = {"operations": OPERATIONS[layers], "step time": TIMES[layers]}
-    aims = {quantity: {AT_SHARE: most} for quantity, most in targets.items()}
+    aims = {quantity: {SIGNS_AT_SHARE: most} for quantity, most in targets.items()}
     return measure_steps(context, work.model, work.names, work.loader[:10], makers, aims, timed=timed)
 
 
@@ -287,7 +301,7 @@ def _register() -> None:
         SUITE.case(f"step: {layers}")(partial(steps_case, layers, True))
     in_4_bits = {name: make for name, make in RIVALS.items() if name in IN_4_BITS}
     others = {name: make for name, make in RIVALS.items() if name not in IN_4_BITS}
-    shares = {name: CLAIMS[name] for name in (PLAIN, AT_SHARE)}
+    shares = {name: CLAIMS[name] for name in (PLAIN, AT_SHARE, SIGNS_AT_SHARE)}
     accuracy("last4", SHORT, CLAIMS, SEEDS)
     accuracy("last4", SHORT, in_4_bits, SEEDS)
     accuracy("last4", LONG, shares, SEEDS)
