@@ -174,6 +174,6 @@ def test_a_backbone_is_fine_tuned_whole_on_all_classes(monkeypatch: pytest.Monke
     model, names, data = finetune.parts(None, "all", True, 0, "cpu", "any")
     assert (model, names, data.classes) == (made, ["0"], 10)
     assert data.train.images.mean().abs() < 1e-4
-    task = finetune.Task(model, names, data, Recipe(1, 64, 0.01), 0)
+    task = finetune.Task(model, names, data, "all", Recipe(1, 64, 0.01), 0)
     assert task.model[4].out_features == 10
     assert methods.dense_bytes(task.model, names, task.loader[0]) == 64 * 16 * 16 * 4
