@@ -21,7 +21,8 @@ class LanceConfig:
 
     Attributes:
         energy: fraction of a mode's energy (sum of squares) that its factor keeps, in (0, 1].
-        core_bits: 8, 4, 2 or 1 bits a value of the core; None keeps the dtype of the input.
+        core_bits: 8, 4, 2 or 1 bits a value of the core; None keeps the dtype of the input. With 1 bit only signs and
+            mean magnitudes are left: the weight gradient is no longer nearly the true one (cosine about 0.6).
         batch_mode: "keep" stores every sample's core; "fixed" compresses the batch mode too, as published.
         companions: which neighbours of the compressed layers are swapped for forms that hold less: "none", "exact"
             (those whose gradient is exact), "quantized" (all, in 8 bits) or "smallest" (all, derivatives of
@@ -33,7 +34,7 @@ class LanceConfig:
         max_rank: largest rank of any mode, or None.
         rank_multiple: ranks of modes of size 64 or more are rounded up to a multiple of this.
         budget_bytes: most bytes the cores of a batch of the calibration's size may take together; ranks and bits are
-            then chosen by `plan`, `energy` and the width of `core_bits` are not used (None still means no rounding).
+            then chosen by `plan`, `energy` is not used, and `core_bits` only where it is None (no rounding) or 1.
         rounding_weight: what `plan` counts an error of rounding beside one of lost directions, in (0, 1]. Rounding errs
             differently in every step and averages out, a direction that no factor has is lost in all of them: 0.2 gives
             the best accuracy found, 1 the highest gradient cosine of a single step.

@@ -75,7 +75,7 @@ def test_a_plain_state_stays_as_it_is():
     assert same(lance.plain_state_dict(state), state)
 
 
-@pytest.mark.parametrize("core_bits", [4, None])
+@pytest.mark.parametrize("core_bits", [4, 1, None])
 @pytest.mark.parametrize("way", ["memory", "weights_only", "safetensors"])
 def test_calibrated_state_into_an_uncalibrated_model(core_bits, way):
     model = calibrated(core_bits=core_bits, budget_bytes=3000)
