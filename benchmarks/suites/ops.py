@@ -152,7 +152,7 @@ def of_convolution(name: str, layer: Convolution, multiple: int, seed: int) -> C
         "max_pool": lambda: call(lambda: ops.max_pool(x, *window, [1, 1]), lambda: functional.max_pool2d(x, 2), x),
         "avg_pool": lambda: call(lambda: ops.avg_pool(x, *window), lambda: functional.avg_pool2d(x, 2), x),
         "adaptive_avg_pool": lambda: call(
-            lambda: ops.adaptive_avg_pool(x, [1, 1]), lambda: functional.adaptive_avg_pool2d(x, 1), x
+            lambda: ops.adaptive_avg_pool(x, [7, 7]), lambda: functional.adaptive_avg_pool2d(x, 7), x
         ),
         "batch_norm_frozen": lambda: call(
             lambda: ops.batch_norm_frozen(x, None, None, *frozen, 1e-5), lambda: functional.batch_norm(x, *frozen), x

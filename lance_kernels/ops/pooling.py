@@ -92,7 +92,8 @@ def adaptive_avg_pool(x: torch.Tensor, output_size: Sequence[int]) -> torch.Tens
         output_size: one number a spatial dimension.
 
     Returns:
-        What `torch.nn.functional.adaptive_avg_pool2d` (`adaptive_avg_pool3d`) returns, with the same gradient.
+        What `torch.nn.functional.adaptive_avg_pool2d` (`adaptive_avg_pool3d`) returns, with the same gradient;
+        but for rounding where the output is one position, for which PyTorch takes a mean (and so do the layers).
     """
     y: torch.Tensor = torch.ops.lance.adaptive_avg_pool(x, output_size)
     return y
