@@ -440,11 +440,9 @@ def cheapest_within(candidates: Sequence[Candidate], budget: int, max_work: floa
         budget: most bytes.
         max_work: most operations over those of the dense weight gradients; where no choice has as few, the fewest.
     """
-    if max_work is None:
-        return _within_bytes(candidates, budget, 0.0)
-    dense = max(sum(candidate.work.dense for candidate in candidates), 1)
     best = _within_bytes(candidates, budget, 0.0)
-    if total_operations(candidates, best) <= max_work * dense:
+    dense = max(sum(candidate.work.dense for candidate in candidates), 1)
+    if max_work is None or total_operations(candidates, best) <= max_work * dense:
         return best
     low, high = -12.0, 8.0
     best = _within_bytes(candidates, budget, math.exp(high) / dense)

@@ -19,9 +19,13 @@ class Work:
 
     def __init__(self, layers: Sequence[CompressedLayer], size: Sequence[int]) -> None:
         self.layers, self.size = list(layers), list(size)
-        self.dense = sum(layer.lance_weight_grad_flops(self.size) for layer in self.layers)
+        self.dense = self._gradients([None] * len(self.size))
 
     def from_core(self, ranks: Sequence[int | None]) -> int:
         """Operations of the projection to a core of these ranks, and of all weight gradients from it."""
-        gradients = sum(layer.lance_weight_grad_flops(self.size, ranks) for layer in self.layers)
-        return mode_product_flops(self.size, ranks) + gradients
+        return mode_product_flops(self.size, ranks) + self._gradients(ranks)
+
+    def _gradients(self, ranks: Sequence[int | None]) -> int:
+        core = [size if rank is None else rank for size, rank in zip(self.size, ranks)]
+        factors = [None if rank is None else (size, rank) for size, rank in zip(self.size, ranks)]
+        return sum(layer.lance_weight_grad_flops(self.size, core, factors) for layer in self.layers)

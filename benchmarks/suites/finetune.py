@@ -284,7 +284,7 @@ def steps_case(layers: str, timed: bool, context: Context) -> list[Row]:
     chosen = {**CLAIMS, **RIVALS, **FORMS, "checkpointed by block": lambda task: methods.checkpointed()}
     makers = {name: partial(make, work) for name, make in chosen.items()}
     targets = {"operations": OPERATIONS[layers], "step time": TIMES[layers]}
-    aims = {quantity: {SIGNS_AT_SHARE: most} for quantity, most in targets.items()}
+    aims = {quantity: dict.fromkeys((AT_SHARE, SIGNS_AT_SHARE), most) for quantity, most in targets.items()}
     return measure_steps(context, work.model, work.names, work.loader[:10], makers, aims, timed=timed)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -196,14 +197,17 @@ class CompressedLayer(nn.Module):
             return [size[0], count]
         return [extent if factor is None else factor.shape[1] for factor, extent in zip(factors, size)]
 
-    def lance_weight_grad_flops(self, size: Sequence[int], ranks: Sequence[int | None] | None = None) -> int:
-        """Operations of the weight gradient for an input of this size, from its core, or from all of it without ranks.
+    @abstractmethod
+    def lance_weight_grad_flops(
+        self, size: Sequence[int], core: Sequence[int], factors: Sequence[Sequence[int] | None]
+    ) -> int:
+        """Operations of the weight gradient from a core.
 
         Args:
             size: the input's shape.
-            ranks: one a mode, None where it is kept.
+            core: the core's; the input's own is the dense weight gradient.
+            factors: the factors' shapes, None for a mode that is kept.
         """
-        raise NotImplementedError
 
     def lance_shared(self, x: torch.Tensor) -> SharedCore | None:
         """Where the core of `x` is shared within the layer's input group; None when there is no group to share with."""

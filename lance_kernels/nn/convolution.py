@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -50,14 +49,12 @@ class _Convolution(CompressedLayer, nn.modules.conv._ConvNd):
         pairs = zip(reversed_pairs[0::2], reversed_pairs[1::2])
         return [int(amount) for pair in reversed(list(pairs)) for amount in pair]
 
-    def lance_weight_grad_flops(self, size: Sequence[int], ranks: Sequence[int | None] | None = None) -> int:
-        """Operations of the weight gradient from a core of these ranks, or from the whole input."""
+    def lance_weight_grad_flops(
+        self, size: Sequence[int], core: Sequence[int], factors: Sequence[Sequence[int] | None]
+    ) -> int:
+        """Operations of the weight gradient from a core."""
         geometry = Geometry(self.stride, self.lance_padding(), self.dilation, self.groups, self.padding_mode)
         output = output_size(size, self.weight.shape, geometry)
-        if ranks is None:
-            return 2 * output[0] * math.prod(output[2:]) * self.weight.numel()
-        core = [extent if rank is None else rank for extent, rank in zip(size, ranks)]
-        factors = [None if rank is None else (extent, rank) for extent, rank in zip(size, ranks)]
         return weight_grad_flops(output, core, factors, self.weight.shape, *geometry)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -39,10 +38,8 @@ class Linear(CompressedLayer, nn.Linear):
             shared.store(input, factors, bits, core)
         return y
 
-    def lance_weight_grad_flops(self, size: Sequence[int], ranks: Sequence[int | None] | None = None) -> int:
-        """Operations of the weight gradient from a core of these ranks, or from the whole input."""
-        if ranks is None:
-            return 2 * math.prod(size) * self.out_features
-        core = [extent if rank is None else rank for extent, rank in zip(size, ranks)]
-        factors = [None if rank is None else (extent, rank) for extent, rank in zip(size, ranks)]
+    def lance_weight_grad_flops(
+        self, size: Sequence[int], core: Sequence[int], factors: Sequence[Sequence[int] | None]
+    ) -> int:
+        """Operations of the weight gradient from a core."""
         return weight_grad_flops([*size[:-1], self.out_features], core, factors)
