@@ -10,11 +10,20 @@
 namespace lance {
 namespace {
 
-constexpr int64_t group_size = 16;
 constexpr int missing = 255;
 constexpr int scale_count = missing - 1;
-// Groups a task takes; a multiple of eight codes always ends at a byte.
 constexpr int64_t groups_at_once = 1024;
+
+// How codes of one number of bits are kept: as digits of their byte, to which `largest` was added.
+template <int bits>
+struct Format {
+  static constexpr int base = bits == 2 ? 3 : 1 << bits;
+  static constexpr int per_byte = bits == 2 ? 5 : 8 / bits;
+  static constexpr int group = bits == 2 ? 20 : 16;
+  static constexpr int bytes = group / per_byte;
+  static constexpr int largest = bits > 1 ? (1 << (bits - 1)) - 1 : 1;
+  static constexpr int spacing = bits > 1 ? 1 : 2;
+};
 
 void check_bits(const char* operation, int64_t bits) {
   check(bits == 8 || bits == 4 || bits == 2 || bits == 1, "lance::", operation, ": bits is ", bits,
@@ -28,11 +37,12 @@ struct Layout {
   int64_t scales;  // where they begin
   int64_t bytes;
 
-  Layout(int64_t count, int64_t bits)
+  template <typename Form>
+  Layout(int64_t count, Form)
       : count(count),
-        groups((count + group_size - 1) / group_size),
+        groups((count + Form::group - 1) / Form::group),
         codes(4),
-        scales(codes + (count * bits + 7) / 8),
+        scales(codes + (count + Form::per_byte - 1) / Form::per_byte),
         bytes(scales + groups) {}
 };
 
@@ -52,16 +62,18 @@ std::array<float, scale_count> scales_below(float base) {
   return scales;
 }
 
-using Group = std::array<float, group_size>;
+template <int bits>
+using Group = std::array<float, Format<bits>::group>;
 
 // One group in float32, zeros behind the core's end.
-template <typename T>
-Group load(const T* values, const Layout& layout, int64_t index) {
-  Group group;
-  const T* from = values + index * group_size;
-  const int64_t size = layout.count - index * group_size;
-  if (size >= group_size) {
-    for (int64_t place = 0; place < group_size; ++place) {
+template <int bits, typename T>
+Group<bits> load(const T* values, const Layout& layout, int64_t index) {
+  constexpr int64_t most = Format<bits>::group;
+  Group<bits> group;
+  const T* from = values + index * most;
+  const int64_t size = layout.count - index * most;
+  if (size >= most) {
+    for (int64_t place = 0; place < most; ++place) {
       group[place] = static_cast<float>(from[place]);
     }
   } else {
@@ -71,9 +83,11 @@ Group load(const T* values, const Layout& layout, int64_t index) {
   return group;
 }
 
-// The largest magnitude; as integers, NaN and infinity are above every number.
-float largest_magnitude(const Group& group) {
-  std::array<int32_t, group_size> words;
+// What a group of `size` values chooses its scale by: the largest magnitude; as integers, NaN and infinity are above
+// every number.
+template <int bits>
+float magnitude_of(const Group<bits>& group, int64_t /*size*/) {
+  std::array<int32_t, Format<bits>::group> words;
   std::memcpy(words.data(), group.data(), sizeof(group));
   int32_t largest = 0;
   for (const int32_t word : words) {
@@ -84,36 +98,33 @@ float largest_magnitude(const Group& group) {
   return magnitude;
 }
 
-// The mean magnitude of the first `size` values, of which the others are zero. Neighbours are added first: the order of
-// sums is part of the format. Divided before, they stay finite.
-float mean_magnitude(const Group& group, int64_t size) {
-  Group sums;
-  for (int64_t place = 0; place < group_size; ++place) {
-    sums[place] = std::abs(group[place]) / group_size;
+// For signs the mean magnitude. Neighbours are added first: the order of sums is part of the format. Divided before,
+// they stay finite.
+template <>
+float magnitude_of<1>(const Group<1>& group, int64_t size) {
+  constexpr int64_t most = Format<1>::group;
+  Group<1> sums;
+  for (int64_t place = 0; place < most; ++place) {
+    sums[place] = std::abs(group[place]) / most;
   }
-  for (int64_t width = group_size / 2; width > 0; width /= 2) {
+  for (int64_t width = most / 2; width > 0; width /= 2) {
     for (int64_t place = 0; place < width; ++place) {
       sums[place] = sums[2 * place] + sums[2 * place + 1];
     }
   }
-  return sums[0] * (static_cast<float>(group_size) / static_cast<float>(size));
+  return sums[0] * (static_cast<float>(most) / static_cast<float>(size));
 }
 
-// What a group's scale is chosen by.
+// One group's codes, the first the least significant digit of its byte; with one bit, 1 for a value that is not
+// negative.
 template <int bits>
-float magnitude_of(const Group& group, int64_t size) {
-  return bits > 1 ? largest_magnitude(group) : mean_magnitude(group, size);
-}
-
-// One group's codes, least significant bits first; with one bit, 1 for a value that is not negative.
-template <int bits>
-std::array<uint8_t, group_size * bits / 8> codes_of(const Group& group, float step) {
-  constexpr int per_byte = 8 / bits;
-  constexpr float largest = (1 << (bits - 1)) - 1;
+std::array<uint8_t, Format<bits>::bytes> codes_of(const Group<bits>& group, float step) {
+  using Form = Format<bits>;
+  constexpr float largest = Form::largest;
   // Adding it leaves no bits behind the point: rounds to nearest, ties to even.
   constexpr float rounder = 1.5f * (1 << 23);
-  std::array<int32_t, group_size> whole;
-  for (int64_t place = 0; place < group_size; ++place) {
+  std::array<int32_t, Form::group> whole;
+  for (int64_t place = 0; place < Form::group; ++place) {
     if constexpr (bits == 1) {
       whole[place] = group[place] < 0 ? 0 : 1;
     } else {
@@ -122,11 +133,11 @@ std::array<uint8_t, group_size * bits / 8> codes_of(const Group& group, float st
       whole[place] = static_cast<int32_t>(rounded + largest);
     }
   }
-  std::array<uint8_t, group_size * bits / 8> codes;
-  for (size_t byte = 0; byte < codes.size(); ++byte) {
+  std::array<uint8_t, Form::bytes> codes;
+  for (int byte = 0; byte < Form::bytes; ++byte) {
     int32_t packed = 0;
-    for (int place = 0; place < per_byte; ++place) {
-      packed |= whole[byte * per_byte + place] << (place * bits);
+    for (int place = Form::per_byte - 1; place >= 0; --place) {
+      packed = packed * Form::base + whole[byte * Form::per_byte + place];
     }
     codes[byte] = static_cast<uint8_t>(packed);
   }
@@ -136,11 +147,12 @@ std::array<uint8_t, group_size * bits / 8> codes_of(const Group& group, float st
 // Two passes over a core that fits the cache: the groups' magnitudes, then the codes. Scratch: one float a group.
 template <int bits, typename T>
 void pack(const T* values, const Layout& layout, uint8_t* packed) {
+  constexpr int64_t most = Format<bits>::group;
   std::vector<float> magnitudes(layout.groups);
   parallel_for(0, layout.groups, groups_at_once, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
-      const int64_t size = std::min(group_size, layout.count - group * group_size);
-      magnitudes[group] = magnitude_of<bits>(load(values, layout, group), size);
+      const int64_t size = std::min(most, layout.count - group * most);
+      magnitudes[group] = magnitude_of<bits>(load<bits>(values, layout, group), size);
     }
   });
   float base = 0;
@@ -149,7 +161,7 @@ void pack(const T* values, const Layout& layout, uint8_t* packed) {
   }
   const std::array<float, scale_count> scales = scales_below(base);
   parallel_for(0, layout.groups, groups_at_once, [&](int64_t begin, int64_t end) {
-    constexpr float largest = bits > 1 ? (1 << (bits - 1)) - 1 : 1;
+    constexpr float largest = Format<bits>::largest;
     for (int64_t group = begin; group < end; ++group) {
       const float magnitude = magnitudes[group];
       int chosen = missing;
@@ -164,7 +176,7 @@ void pack(const T* values, const Layout& layout, uint8_t* packed) {
       packed[layout.scales + group] = static_cast<uint8_t>(chosen);
       // Without a step every code is that of zero; signs need none.
       const bool usable = step > 0 || (bits == 1 && chosen != missing);
-      const auto codes = usable ? codes_of<bits>(load(values, layout, group), step) : codes_of<bits>({}, 1);
+      const auto codes = usable ? codes_of<bits>(load<bits>(values, layout, group), step) : codes_of<bits>({}, 1);
       const int64_t offset = group * static_cast<int64_t>(codes.size());
       const int64_t size = std::min<int64_t>(codes.size(), layout.scales - layout.codes - offset);
       std::copy_n(codes.begin(), size, packed + layout.codes + offset);
@@ -175,28 +187,35 @@ void pack(const T* values, const Layout& layout, uint8_t* packed) {
 
 template <int bits, typename T>
 void unpack(const uint8_t* packed, const Layout& layout, T* values) {
-  constexpr int per_byte = 8 / bits;
-  constexpr int mask = (1 << bits) - 1;
-  // A code of one bit is a sign: 0 for -1, 1 for 1.
-  constexpr float spacing = bits > 1 ? 1 : 2;
-  constexpr float largest = bits > 1 ? (1 << (bits - 1)) - 1 : 1;
+  using Form = Format<bits>;
+  constexpr int64_t most = Form::group;
   float base;
   std::memcpy(&base, packed, sizeof(base));
   const std::array<float, scale_count> scales = scales_below(base);
   std::array<float, 256> steps;
   steps.fill(std::numeric_limits<float>::quiet_NaN());
   for (int code = 0; code < scale_count; ++code) {
-    steps[code] = scales[code] / largest;
+    steps[code] = scales[code] / Form::largest;
   }
   parallel_for(0, layout.groups, groups_at_once, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const float step = steps[packed[layout.scales + group]];
-      const uint8_t* codes = packed + layout.codes + group * group_size * bits / 8;
-      T* to = values + group * group_size;
-      const int64_t size = std::min(group_size, layout.count - group * group_size);
-      for (int64_t index = 0; index < size; ++index) {
-        const int code = (codes[index / per_byte] >> (index % per_byte * bits)) & mask;
-        to[index] = static_cast<T>((static_cast<float>(code) * spacing - largest) * step);
+      const uint8_t* codes = packed + layout.codes + group * Form::bytes;
+      T* to = values + group * most;
+      const int64_t size = std::min(most, layout.count - group * most);
+      const auto write = [&](int64_t byte, int places) {
+        int digits = codes[byte];
+        for (int place = 0; place < places; ++place, digits /= Form::base) {
+          const int code = digits % Form::base * Form::spacing - Form::largest;
+          to[byte * Form::per_byte + place] = static_cast<T>(static_cast<float>(code) * step);
+        }
+      };
+      const int64_t whole = size / Form::per_byte;
+      for (int64_t byte = 0; byte < whole; ++byte) {
+        write(byte, Form::per_byte);
+      }
+      if (size % Form::per_byte) {
+        write(whole, static_cast<int>(size % Form::per_byte));
       }
     }
   });
@@ -204,7 +223,7 @@ void unpack(const uint8_t* packed, const Layout& layout, T* values) {
 
 // Calls `body` with the number of bits as a type.
 template <typename Body>
-void dispatch_bits(int64_t bits, const Body& body) {
+auto dispatch_bits(int64_t bits, const Body& body) {
   switch (bits) {
     case 8:
       return body(std::integral_constant<int, 8>{});
@@ -217,10 +236,14 @@ void dispatch_bits(int64_t bits, const Body& body) {
   }
 }
 
+Layout layout_of(int64_t count, int64_t bits) {
+  return dispatch_bits(bits, [count](auto width) { return Layout(count, Format<decltype(width)::value>()); });
+}
+
 Tensor pack_core(const Tensor& core, int64_t bits) {
   check_bits("pack_core", bits);
   check_floating("pack_core", "core", core);
-  const Layout layout(core.numel(), bits);
+  const Layout layout = layout_of(core.numel(), bits);
   const Tensor dense = torch::stable::contiguous(core);
   Tensor packed = torch::stable::new_empty(core, {layout.bytes}, ScalarType::Byte);
   dispatch_floating(core.scalar_type(), [&](auto type) {
@@ -244,7 +267,7 @@ Tensor unpack_core(const Tensor& packed, std::vector<int64_t> size, int64_t bits
     check(extent >= 0, "lance::unpack_core: size is ", shape_string(size), "; expected no negative entry");
     count *= extent;
   }
-  const Layout layout(count, bits);
+  const Layout layout = layout_of(count, bits);
   check(packed.size(0) == layout.bytes, "lance::unpack_core: packed has ", packed.size(0), " bytes; expected ",
         layout.bytes, " for size ", shape_string(size), " in ", bits, " bits");
   const Tensor dense = torch::stable::contiguous(packed);

@@ -13,19 +13,37 @@ import torch
 import triton
 import triton.language as tl
 
-from lance_kernels.ops.pack_core import GROUP, MISSING, check_bits, check_packed, packed_bytes, scale_table
+from lance_kernels.ops.pack_core import (
+    FORMATS,
+    MISSING,
+    check_bits,
+    check_packed,
+    code_bytes,
+    group_count,
+    packed_bytes,
+    scale_table,
+)
 
-GROUPS = 64  # groups a program takes
+GROUPS = 64  # groups a program of packing takes
+BLOCK = 1024  # values a program of unpacking takes
 
 
 @triton.jit
 def magnitudes_kernel(
-    core_pointer, magnitudes_pointer, count, BITS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr
+    core_pointer,
+    magnitudes_pointer,
+    count,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     """Every group's largest magnitude, or with one bit its mean one."""
     groups = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    places = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (GROUPS, GROUP)
-    values = tl.load(core_pointer + places, mask=places < count, other=0.0).to(tl.float32)
+    place = tl.arange(0, PADDED)[None, :]
+    places = groups[:, None] * GROUP + place  # (GROUPS, PADDED)
+    inside = (place < GROUP) & (places < count)
+    values = tl.load(core_pointer + places, mask=inside, other=0.0).to(tl.float32)
     if BITS == 1:
         # Neighbours first: the order of sums is part of the format.
         sums = tl.abs(values) / GROUP  # (GROUPS, GROUP)
@@ -53,14 +71,16 @@ def pack_kernel(
     count,
     code_bytes,
     BITS: tl.constexpr,
+    BASE: tl.constexpr,
+    PER_BYTE: tl.constexpr,
+    LARGEST: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
+    DIGITS: tl.constexpr,
     MISSING: tl.constexpr,
 ):
-    """Scale and codes of every group, least significant bits first."""
-    PER_BYTE: tl.constexpr = 8 // BITS
+    """Scale and codes of every group, the least significant digit of a byte first; DIGITS is PER_BYTE padded."""
     BYTES: tl.constexpr = GROUP // PER_BYTE
-    LARGEST: tl.constexpr = 2 ** (BITS - 1) - 1 if BITS > 1 else 1
     groups = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     inside = groups * GROUP < count
     base = tl.load(base_pointer)
@@ -76,24 +96,27 @@ def pack_kernel(
         low = tl.where(reaches, middle, low)
         high = tl.where(reaches, high, middle - 1)
     tl.store(scales_pointer + groups, tl.where(finite, low, MISSING).to(tl.uint8), mask=inside)
-    places = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (GROUPS, GROUP)
-    values = tl.load(core_pointer + places, mask=places < count, other=0.0).to(tl.float32)
+    targets = groups[:, None] * BYTES + tl.arange(0, BYTES)[None, :]  # (GROUPS, BYTES)
+    digit = tl.arange(0, DIGITS)[None, None, :]
+    places = targets[:, :, None] * PER_BYTE + digit  # (GROUPS, BYTES, DIGITS)
+    inside = (digit < PER_BYTE) & (places < count)
+    values = tl.load(core_pointer + places, mask=inside, other=0.0).to(tl.float32)
     if BITS == 1:
-        codes = tl.where(finite[:, None] & (values < 0), 0, 1)
+        codes = tl.where(finite[:, None, None] & (values < 0), 0, 1)
     else:
         steps = tl.div_rn(base * tl.load(table_pointer + low), LARGEST * 1.0)
         usable = finite & (steps > 0)
-        steps = tl.where(usable, steps, 1.0)
-        values = tl.where(usable[:, None], values, 0.0)
-        ratios = tl.div_rn(values, tl.broadcast_to(steps[:, None], (GROUPS, GROUP)))
+        steps = tl.where(usable, steps, 1.0)[:, None, None]
+        values = tl.where(usable[:, None, None], values, 0.0)
+        ratios = tl.div_rn(values, tl.broadcast_to(steps, (GROUPS, BYTES, DIGITS)))
         ratios = tl.minimum(tl.maximum(ratios, -LARGEST * 1.0), LARGEST * 1.0)
         # Adding it leaves no bits behind the point: rounds to nearest, ties to even.
         rounded = (ratios + 12582912.0) - 12582912.0
         codes = (rounded + LARGEST).to(tl.int32)
-    whole = tl.reshape(codes, (GROUPS, BYTES, PER_BYTE))
-    shifts = tl.arange(0, PER_BYTE) * BITS
-    packed = tl.sum(whole << shifts[None, None, :], axis=2)  # (GROUPS, BYTES)
-    targets = groups[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    counts = tl.where(digit < PER_BYTE, 1, 0)
+    for place in tl.static_range(PER_BYTE - 1):
+        counts = tl.where(digit > place, counts * BASE, counts)
+    packed = tl.sum(codes * counts, axis=2)  # (GROUPS, BYTES)
     tl.store(codes_pointer + targets, packed.to(tl.uint8), mask=targets < code_bytes)
 
 
@@ -105,44 +128,45 @@ def unpack_kernel(
     table_pointer,
     core_pointer,
     count,
-    BITS: tl.constexpr,
+    BASE: tl.constexpr,
+    PER_BYTE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SPACING: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     MISSING: tl.constexpr,
 ):
     """Values from codes and scales."""
-    PER_BYTE: tl.constexpr = 8 // BITS
-    # A code of one bit is a sign: 0 for -1, 1 for 1.
-    SPACING: tl.constexpr = 1 if BITS > 1 else 2
-    LARGEST: tl.constexpr = 2 ** (BITS - 1) - 1 if BITS > 1 else 1
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < count
     scales = tl.load(scales_pointer + places // GROUP, mask=inside, other=0).to(tl.int32)  # (BLOCK,)
     known = scales < MISSING - 1
     steps = tl.load(base_pointer) * tl.load(table_pointer + tl.where(known, scales, 0))
     steps = tl.where(known, tl.div_rn(steps, LARGEST * 1.0), float("nan"))
-    bytes_read = tl.load(codes_pointer + places // PER_BYTE, mask=inside, other=0).to(tl.int32)
-    codes = (bytes_read >> ((places % PER_BYTE) * BITS).to(tl.int32)) & (2**BITS - 1)
-    values = (codes * SPACING - LARGEST).to(tl.float32) * steps
+    digits = tl.load(codes_pointer + places // PER_BYTE, mask=inside, other=0).to(tl.int32)
+    for place in tl.static_range(PER_BYTE - 1):
+        digits = tl.where(places % PER_BYTE > place, digits // BASE, digits)
+    values = (digits % BASE * SPACING - LARGEST).to(tl.float32) * steps
     tl.store(core_pointer + places, values.to(core_pointer.dtype.element_ty), mask=inside)
 
 
 def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
     """Launches the kernels that pack `core`; see `lance_kernels.ops.pack_core`."""
     check_bits("pack_core", bits)
-    dense, count = core.contiguous(), core.numel()
+    form, dense, count = FORMATS[bits], core.contiguous(), core.numel()
     packed = core.new_empty(packed_bytes(core.shape, bits), dtype=torch.uint8)
-    groups, code_bytes = -(-count // GROUP), (count * bits + 7) // 8
+    groups, in_codes = group_count(count, bits), code_bytes(count, bits)
     magnitudes = core.new_empty(groups, dtype=torch.float32)
     grid = (triton.cdiv(groups, GROUPS),)
     if not count:
         return packed.zero_()
     # float64 is narrowed here, as the reference does, so that the kernels have one way to round.
     dense = dense.float() if dense.dtype == torch.float64 else dense
-    magnitudes_kernel[grid](dense, magnitudes, count, BITS=bits, GROUPS=GROUPS, GROUP=GROUP)
+    padded = triton.next_power_of_2(form.group)
+    magnitudes_kernel[grid](dense, magnitudes, count, BITS=bits, GROUPS=GROUPS, GROUP=form.group, PADDED=padded)
     base = torch.where(magnitudes.isfinite(), magnitudes, 0.0).amax().view(1)
     packed[:4] = base.view(torch.uint8)
-    codes, scales = packed[4 : 4 + code_bytes], packed[4 + code_bytes :]
+    codes, scales = packed[4 : 4 + in_codes], packed[4 + in_codes :]
     pack_kernel[grid](
         dense,
         magnitudes,
@@ -151,10 +175,14 @@ def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
         codes,
         scales,
         count,
-        code_bytes,
+        in_codes,
         BITS=bits,
+        BASE=form.base,
+        PER_BYTE=form.per_byte,
+        LARGEST=form.largest,
         GROUPS=GROUPS,
-        GROUP=GROUP,
+        GROUP=form.group,
+        DIGITS=triton.next_power_of_2(form.per_byte),
         MISSING=MISSING,
     )
     return packed
@@ -166,20 +194,22 @@ def unpack_core(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: tor
     core, count = packed.new_empty(tuple(size), dtype=dtype), math.prod(size)
     if not count:
         return core
-    code_bytes = (count * bits + 7) // 8
+    form, in_codes = FORMATS[bits], code_bytes(count, bits)
     base = packed[:4].clone().view(torch.float32)
-    codes, scales = packed[4 : 4 + code_bytes], packed[4 + code_bytes :]
-    block = GROUPS * GROUP
-    unpack_kernel[(triton.cdiv(count, block),)](
+    codes, scales = packed[4 : 4 + in_codes], packed[4 + in_codes :]
+    unpack_kernel[(triton.cdiv(count, BLOCK),)](
         codes,
         scales,
         base,
         scale_table(packed.device),
         core,
         count,
-        BITS=bits,
-        BLOCK=block,
-        GROUP=GROUP,
+        BASE=form.base,
+        PER_BYTE=form.per_byte,
+        LARGEST=form.largest,
+        SPACING=form.spacing,
+        BLOCK=BLOCK,
+        GROUP=form.group,
         MISSING=MISSING,
     )
     return core

@@ -1,12 +1,13 @@
 """Cores in few bits: `pack_core` rounds to 8, 4, 2 or 1 bits a value, `unpack_core` gives the values back.
 
-The core's values, in order, form groups of 16. A group's scale is the smallest `base * 2^(-c / 8)`, `c` from 0 to 253,
+The core's values, in order, form groups of 16, with 2 bits of 20. A group's scale is the smallest `base * 2^(-c / 8)`, `c` from 0 to 253,
 that is not below its magnitude, the largest of its values'; `base` is the largest of all groups. A value `v` becomes
 the integer nearest to `v / step`, `step = scale / L` with `L = 2^(bits-1) - 1`. So `|v - unpacked| <= step / 2`, and
 `step` is at most `2^(1/8)` times the group's magnitude over `L` unless that lies more than `2^31` below `base`. With
 1 bit a group's magnitude is the mean of its values' and all that is kept of a value is its sign: it unpacks to plus or
-minus the scale, a zero to plus. The buffer holds `base` (float32), the codes, least significant bits first, and one
-byte a group: 4.5 bits a value at 4 bits.
+minus the scale, a zero to plus. The buffer holds `base` (float32), the codes and one byte a group. Codes are digits of their
+byte, the first the least significant: 1, 2 or 8 of them at 8, 4 and 1 bits, and at 2 bits, where there are three codes,
+5 of base 3. So a value takes 8.5, 4.5, 2 or 1.5 bits, scales included.
 
 Neighbours of a core are alike enough for this: at equal bytes it gave a higher gradient cosine than a bfloat16 scale a
 row, scales along the channel mode, or values sorted by their expected variance (docs/decisions.md).
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -24,8 +26,33 @@ from torch.nn import functional as F
 from lance_kernels.ops._checks import FLOATING, check, check_floating
 from lance_kernels.ops._registry import define, not_differentiable, register_triton
 
-BITS = (8, 4, 2, 1)
-GROUP = 16
+
+
+class Format(NamedTuple):
+    """How codes of one number of bits are kept.
+
+    Attributes:
+        base: of the digits that a byte's codes are.
+        per_byte: codes in a byte.
+        group: values that share a scale; their codes fill whole bytes.
+        largest: the code of the largest value over its step; codes are kept with it added.
+        spacing: between codes, in steps.
+    """
+
+    base: int
+    per_byte: int
+    group: int
+    largest: int
+    spacing: int
+
+
+FORMATS = {
+    8: Format(256, 1, 16, 127, 1),
+    4: Format(16, 2, 16, 7, 1),
+    2: Format(3, 5, 20, 1, 1),
+    1: Format(2, 8, 16, 1, 2),
+}
+BITS = tuple(FORMATS)
 MISSING = 255  # the scale code of a group that holds NaN or infinity
 
 
@@ -69,7 +96,19 @@ def unpack_core(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: tor
 def packed_bytes(size: Sequence[int], bits: int) -> int:
     """Bytes of the buffer for a core of shape `size`: base, codes, and one byte a group."""
     count = math.prod(size)
-    return 4 + (count * bits + 7) // 8 + (count + GROUP - 1) // GROUP
+    return 4 + code_bytes(count, bits) + group_count(count, bits)
+
+
+def code_bytes(count: int, bits: int) -> int:
+    """Bytes of the codes of `count` values."""
+    per_byte = FORMATS[bits].per_byte
+    return (count + per_byte - 1) // per_byte
+
+
+def group_count(count: int, bits: int) -> int:
+    """Groups of `count` values."""
+    group = FORMATS[bits].group
+    return (count + group - 1) // group
 
 
 def core_bytes(size: Sequence[int], bits: int | None, itemsize: int) -> int:
@@ -91,8 +130,8 @@ def scale_table(device: torch.device) -> torch.Tensor:
 def _pack_reference(core: torch.Tensor, bits: int) -> torch.Tensor:
     check_bits("pack_core", bits)
     check_floating("pack_core", "core", core)
-    largest, count, per_byte = 2 ** (bits - 1) - 1, core.numel(), 8 // bits
-    groups = F.pad(core.reshape(-1).float(), (0, -count % GROUP)).view(-1, GROUP)
+    form, count = FORMATS[bits], core.numel()
+    groups = F.pad(core.reshape(-1).float(), (0, -count % form.group)).view(-1, form.group)
     magnitudes = _magnitudes(groups, count, bits) if count else groups.new_zeros(0)
     finite = magnitudes.isfinite()
     base = torch.where(finite, magnitudes, 0.0).amax() if count else groups.new_zeros(())
@@ -102,14 +141,18 @@ def _pack_reference(core: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 1:
         codes = (~(groups < 0) | ~finite.unsqueeze(1)).float()
     else:
-        steps = (scales[chosen] / largest).unsqueeze(1)
-        codes = torch.where(steps > 0, (groups / steps).round().clamp(-largest, largest), 0.0)
-        codes = torch.where(finite.unsqueeze(1), codes, 0.0) + largest
+        steps = (scales[chosen] / form.largest).unsqueeze(1)
+        codes = torch.where(steps > 0, (groups / steps).round().clamp(-form.largest, form.largest), 0.0)
+        codes = torch.where(finite.unsqueeze(1), codes, 0.0) + form.largest
     # Behind the core's end the last byte holds codes of zero.
-    stream = codes.reshape(-1)[: count + -count % per_byte].to(torch.uint8).view(-1, per_byte)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=core.device)
-    packed = (stream << shifts).sum(dim=1, dtype=torch.uint8)
+    digits = codes.reshape(-1)[: code_bytes(count, bits) * form.per_byte].to(torch.uint8).view(-1, form.per_byte)
+    packed = (digits * _places(form, core.device)).sum(dim=1, dtype=torch.uint8)
     return torch.cat([base.view(1).view(torch.uint8), packed, torch.where(finite, chosen, MISSING).to(torch.uint8)])
+
+
+def _places(form: Format, device: torch.device) -> torch.Tensor:
+    """What a byte's digits count, `(per_byte,)` uint8."""
+    return torch.tensor([form.base**place for place in range(form.per_byte)], dtype=torch.uint8, device=device)
 
 
 def _magnitudes(groups: torch.Tensor, count: int, bits: int) -> torch.Tensor:
@@ -117,10 +160,11 @@ def _magnitudes(groups: torch.Tensor, count: int, bits: int) -> torch.Tensor:
     if bits > 1:
         return groups.abs().amax(dim=1)
     # Neighbours first: the order of sums is part of the format. Divided before, they stay finite.
-    sums = groups.abs() / GROUP
+    group = groups.shape[1]
+    sums = groups.abs() / group
     while sums.shape[1] > 1:
         sums = sums[:, 0::2] + sums[:, 1::2]
-    sums[-1] *= GROUP / (GROUP - -count % GROUP)
+    sums[-1] *= group / (group - -count % group)
     return sums.squeeze(1)
 
 
@@ -148,16 +192,13 @@ def check_packed(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: to
 
 def _unpack_reference(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: torch.dtype) -> torch.Tensor:
     check_packed(packed, size, bits, dtype)
-    # A code of 1 bit is a sign: 0 for -1, 1 for 1.
-    spacing, largest = (1, 2 ** (bits - 1) - 1) if bits > 1 else (2, 1)
-    count = math.prod(size)
-    split = 4 + (count * bits + 7) // 8
+    form, count = FORMATS[bits], math.prod(size)
+    split = 4 + code_bytes(count, bits)
     base, codes, chosen = packed[:4].clone().view(torch.float32), packed[4:split], packed[split:]
-    table = F.pad(base * scale_table(packed.device) / largest, (0, 2), value=torch.nan)
-    steps = table[chosen.long()].repeat_interleave(GROUP)[:count]
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    stream = (codes.unsqueeze(1) >> shifts) & (2**bits - 1)
-    values: torch.Tensor = (stream.reshape(-1)[:count].float() * spacing - largest) * steps
+    table = F.pad(base * scale_table(packed.device) / form.largest, (0, 2), value=torch.nan)
+    steps = table[chosen.long()].repeat_interleave(form.group)[:count]
+    digits = (codes.unsqueeze(1) // _places(form, packed.device)).short() % form.base
+    values: torch.Tensor = (digits.reshape(-1)[:count].float() * form.spacing - form.largest) * steps
     return values.to(dtype).reshape(tuple(size))
 
 

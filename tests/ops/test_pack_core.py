@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from lance_kernels.ops import pack_core, unpack_core
-from lance_kernels.ops.pack_core import BITS, GROUP, _pack_reference, _unpack_reference, packed_bytes
+from lance_kernels.ops.pack_core import BITS, FORMATS, _pack_reference, _unpack_reference, packed_bytes
 from tests.ops.cases import DTYPES, LAYOUTS, lay_out
 
 shapes = st.lists(st.integers(0, 9), min_size=1, max_size=5).map(tuple)
 bits = st.sampled_from(BITS)
 
 
-def groups_of(core: torch.Tensor) -> torch.Tensor:
-    flat = core.double().reshape(-1)
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % GROUP)).view(-1, GROUP)
+def groups_of(core: torch.Tensor, bits: int) -> torch.Tensor:
+    flat, group = core.double().reshape(-1), FORMATS[bits].group
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % group)).view(-1, group)
 
 
 @given(shape=shapes, bits=st.sampled_from((8, 4, 2)), dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS))
@@ -32,8 +32,8 @@ def test_error_is_at_most_half_a_step(shape, bits, dtype, layout):
     unpacked = unpack_core(packed, shape, bits, torch.float64)
     assert unpacked.shape == shape
     # Half a step, and the float32 roundings of scale and product.
-    step = 2**0.125 * groups_of(core).abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
-    assert ((groups_of(unpacked) - groups_of(core)).abs() <= step * (0.5 + 1e-4)).all()
+    step = 2**0.125 * groups_of(core, bits).abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    assert ((groups_of(unpacked, bits) - groups_of(core, bits)).abs() <= step * (0.5 + 1e-4)).all()
 
 
 @given(shape=shapes, dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS))
@@ -43,9 +43,9 @@ def test_one_bit_keeps_signs_and_the_mean_magnitude(shape, dtype, layout):
     assert packed.shape == (packed_bytes(shape, 1),)
     unpacked = unpack_core(packed, shape, 1, torch.float64)
     assert torch.equal(unpacked < 0, core < 0)
-    sizes = groups_of(torch.ones(shape)).sum(1)
-    means = groups_of(core).abs().sum(1) / sizes
-    found = groups_of(unpacked).abs()
+    sizes = groups_of(torch.ones(shape), 1).sum(1)
+    means = groups_of(core, 1).abs().sum(1) / sizes
+    found = groups_of(unpacked, 1).abs()
     assert torch.equal(found.sum(1), found.amax(1) * sizes)
     assert (found.amax(1) >= means * (1 - 1e-6)).all()
     assert (found.amax(1) <= means * 2**0.125 * (1 + 1e-6)).all()
@@ -71,10 +71,11 @@ def test_compiled_kernel_has_the_bits_of_the_reference(shape, bits, dtype, scale
 
 
 def test_tiny_groups_beside_a_large_one():
-    core = torch.cat([torch.full((GROUP,), 1e10), torch.full((GROUP,), 1e-10)])
+    group = FORMATS[8].group
+    core = torch.cat([torch.full((group,), 1e10), torch.full((group,), 1e-10)])
     unpacked = unpack_core(pack_core(core, 8), core.shape, 8, torch.float32)
     # The second group lies 66 octaves below the first, beyond the scales' reach: zero is within half of its step.
-    assert torch.equal(unpacked, torch.cat([core[:GROUP], torch.zeros(GROUP)]))
+    assert torch.equal(unpacked, torch.cat([core[:group], torch.zeros(group)]))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -85,7 +86,7 @@ def test_zero_core_unpacks_to_zero(bits):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nan_and_infinity_poison_their_group_only(bits, bad):
-    core = torch.randn(3, 4, GROUP)
+    core = torch.randn(3, 4, FORMATS[bits].group)
     core[1, 2, 3] = bad
     unpacked = unpack_core(pack_core(core, bits), core.shape, bits, torch.float32)
     assert unpacked[1, 2].isnan().all()
@@ -93,8 +94,19 @@ def test_nan_and_infinity_poison_their_group_only(bits, bad):
     assert unpacked.isfinite().all()
 
 
-def test_four_bits_take_four_and_a_half():
-    assert packed_bytes((64, 32, 16), 4) * 8 / (64 * 32 * 16) <= 4 * 1.13
+@pytest.mark.parametrize(("bits", "with_scales"), [(8, 8.5), (4, 4.5), (2, 2.0), (1, 1.5)])
+def test_bits_of_a_value_with_its_scale(bits, with_scales):
+    count = 2**14 * 5
+    assert packed_bytes((count,), bits) == 4 + count * with_scales / 8
+    assert len(pack_core(torch.randn(count), bits)) == packed_bytes((count,), bits)
+
+
+def test_two_bits_are_three_levels_five_to_a_byte():
+    core = torch.tensor([1.0, -1.0, 0.4, -0.6, 0.0, 1.0, 1.0])
+    packed = pack_core(core, 2)
+    digits = [[2, 0, 1, 0, 1], [2, 2, 1, 1, 1]]  # zeros behind the end
+    assert packed[4:6].tolist() == [sum(digit * 3**place for place, digit in enumerate(byte)) for byte in digits]
+    assert unpack_core(packed, (7,), 2, torch.float32).tolist() == [1.0, -1.0, 0.0, -1.0, 0.0, 1.0, 1.0]
 
 
 def test_float64_beyond_float32_becomes_nan_not_a_number():
