@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks import environment, methods
 from benchmarks.data import digits
-from benchmarks.finetune import Recipe
+from benchmarks.finetune import Recipe, train
 from benchmarks.pretrained import backbone, pretrained
 from benchmarks.registry import Context
 from benchmarks.results import Row, make_rows
@@ -56,6 +56,12 @@ def test_seeds_differ_in_head_and_order_and_methods_do_not() -> None:
     assert torch.equal(one.loader[0][1], again.loader[0][1])
     assert not torch.equal(one.model.head.weight, other.model.head.weight)
     assert not torch.equal(one.loader[0][1], other.loader[0][1])
+
+
+def test_training_calls_before_each_epoch_but_the_first() -> None:
+    work, calls = finetune.task(context(""), "last2", finetune.SHORT, 0), list[int]()
+    curve = train(work.model, work.data, Recipe(3, 256, 0.01), 0, "test", frozen_norms=True, before_epoch=calls.append)
+    assert (len(curve), calls) == (3, [1, 2])
 
 
 def test_cases_on_digits_and_their_tables(tmp_path) -> None:
