@@ -1,13 +1,13 @@
 """Cores in few bits: `pack_core` rounds to 8, 4, 2 or 1 bits a value, `unpack_core` gives the values back.
 
-The core's values, in order, form groups of 16, with 2 bits of 20. A group's scale is the smallest `base * 2^(-c / 8)`, `c` from 0 to 253,
-that is not below its magnitude, the largest of its values'; `base` is the largest of all groups. A value `v` becomes
-the integer nearest to `v / step`, `step = scale / L` with `L = 2^(bits-1) - 1`. So `|v - unpacked| <= step / 2`, and
-`step` is at most `2^(1/8)` times the group's magnitude over `L` unless that lies more than `2^31` below `base`. With
-1 bit a group's magnitude is the mean of its values' and all that is kept of a value is its sign: it unpacks to plus or
-minus the scale, a zero to plus. The buffer holds `base` (float32), the codes and one byte a group. Codes are digits of their
-byte, the first the least significant: 1, 2 or 8 of them at 8, 4 and 1 bits, and at 2 bits, where there are three codes,
-5 of base 3. So a value takes 8.5, 4.5, 2 or 1.5 bits, scales included.
+The core's values, in order, form groups of 16, with 2 bits of 20. A group's scale is the smallest `base * 2^(-c / 8)`,
+`c` from 0 to 253, that is not below its magnitude, the largest of its values'; `base` is the largest of all groups. A
+value `v` becomes the integer nearest to `v / step`, `step = scale / L` with `L = 2^(bits-1) - 1`. So `|v - unpacked| <=
+step / 2`, and `step` is at most `2^(1/8)` times the group's magnitude over `L` unless that lies more than `2^31` below
+`base`. With 1 bit a group's magnitude is the mean of its values' and all that is kept of a value is its sign: it
+unpacks to plus or minus the scale, a zero to plus. The buffer holds `base` (float32), the codes and one byte a group.
+Codes are digits of their byte, the first the least significant: 1, 2 or 8 digits at 8, 4 and 1 bits; at 2 bits, where
+there are three codes, 5 of base 3. So a value takes 8.5, 4.5, 1.5 or 2 bits, scales included.
 
 Neighbours of a core are alike enough for this: at equal bytes it gave a higher gradient cosine than a bfloat16 scale a
 row, scales along the channel mode, or values sorted by their expected variance (docs/decisions.md).
@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from lance_kernels.ops._checks import FLOATING, check, check_floating
 from lance_kernels.ops._registry import define, not_differentiable, register_triton
-
 
 
 class Format(NamedTuple):
