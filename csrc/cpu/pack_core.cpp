@@ -62,6 +62,24 @@ std::array<float, scale_count> scales_below(float base) {
   return scales;
 }
 
+// The last scale that is not below the magnitude. A float's bits above those of 1 are its logarithm to within 0.7 of an
+// eighth of an octave, from below.
+int scale_code(const std::array<float, scale_count>& scales, float magnitude) {
+  const float ratio = scales[0] / magnitude;
+  int32_t bits;
+  std::memcpy(&bits, &ratio, sizeof(bits));
+  int code = std::clamp(((bits & 0x7fffffff) - 0x3f800000) >> 20, 0, scale_count - 2);
+  code += scales[code + 1] >= magnitude;
+  // Where scales round, beneath the least normal number, more of them may be alike.
+  while (code + 1 < scale_count && scales[code + 1] >= magnitude) {
+    ++code;
+  }
+  while (code > 0 && scales[code] < magnitude) {
+    --code;
+  }
+  return code;
+}
+
 template <int bits>
 using Group = std::array<float, Format<bits>::group>;
 
@@ -167,10 +185,7 @@ void pack(const T* values, const Layout& layout, uint8_t* packed) {
       int chosen = missing;
       float step = 0;
       if (std::isfinite(magnitude)) {
-        // The last scale that is not below the magnitude.
-        const auto below =
-            std::partition_point(scales.begin(), scales.end(), [magnitude](float scale) { return scale >= magnitude; });
-        chosen = static_cast<int>(below - scales.begin()) - 1;
+        chosen = scale_code(scales, magnitude);
         step = scales[chosen] / largest;
       }
       packed[layout.scales + group] = static_cast<uint8_t>(chosen);
