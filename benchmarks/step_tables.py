@@ -19,8 +19,18 @@ from benchmarks.tables import (
 
 
 def step_tables(rows: list[Row]) -> list[Table]:
-    """One table a case: a line a method, bytes, operations and time."""
-    return [_table(case, [row for row in rows if row.case == case]) for case in dict.fromkeys(row.case for row in rows)]
+    """One table a case: a line a method, bytes, operations and time; below the last what they say."""
+    cases = dict.fromkeys(row.case for row in rows)
+    found = [_table(case, [row for row in rows if row.case == case]) for case in cases]
+    if found:
+        explained = "Factors from calibration are shared by all steps."
+        if any(row.quantity == "step time" for row in rows):
+            explained += (
+                " Ratios of time are medians (10th to 90th percentile) over rounds in which all methods ran in turns. "
+                "Decomposition: time within a step that a rival takes to compress; ours is within the layer's operator."
+            )
+        found[-1].caption = "\n".join(filter(None, [found[-1].caption, explained]))
+    return found
 
 
 def _table(case: str, rows: list[Row]) -> Table:
@@ -38,20 +48,13 @@ def _table(case: str, rows: list[Row]) -> Table:
     shown = [index for index, cells in enumerate(zip(*table.rows)) if index == 0 or set(cells) != {"-"}]
     table.columns = [table.columns[index] for index in shown]
     table.rows = [[row[index] for index in shown] for row in table.rows]
-    table.caption = "Factors from calibration are shared by all steps."
-    if any(row.quantity == "step time" for row in rows):
-        table.caption += (
-            " Ratios of time are medians (10th to 90th percentile) over rounds in which all methods ran in turns. "
-            "Decomposition: time within a step that a rival takes to compress; ours is within the layer's operator."
-        )
-    missed = [row for row in rows if row.target is not None]
-    for row in missed:
-        reached = row.ratio_median if row.ratio_median is not None else row.median
-        state = "met" if reached <= row.target else "missed"
-        table.caption += (
-            f"\n{row.quantity} of {row.method} over plain's: {significant(reached)} (target at most {row.target:g}, "
-            f"{state})."
-        )
+    reached = [(row, row.median if row.ratio_median is None else row.ratio_median, row.target) for row in rows]
+    table.caption = "\n".join(
+        f"{row.quantity} of {row.method} over plain's: {significant(value)} (target at most {target:g}, "
+        f"{'met' if value <= target else 'missed'})."
+        for row, value, target in reached
+        if target is not None
+    )
     return table
 
 

@@ -11,9 +11,9 @@ import torch
 from lance_kernels.config import LanceConfig, RankRule, matches
 
 # Gradient cosine lost to rounding, by bits; None is the input's dtype. See docs/decisions.md for these figures.
-ROUNDING: Mapping[int | None, float] = {None: 0.0, 8: 2e-5, 4: 2e-3, 2: 0.1, 1: 0.4}
+ROUNDING: Mapping[int | None, float] = {None: 0.0, 8: 2e-5, 4: 2e-3, 2: 0.025, 1: 0.4}
 # The same where single values of the core are chosen.
-ROUNDING_SELECTED: Mapping[int | None, float] = {None: 0.0, 8: 2e-5, 4: 1.7e-3, 2: 0.03, 1: 0.38}
+ROUNDING_SELECTED: Mapping[int | None, float] = {None: 0.0, 8: 2e-5, 4: 1.7e-3, 2: 0.02, 1: 0.38}
 # What a mode's lost energy costs: a lost feature is a lost column of the weight gradient, positions average out.
 FEATURE_COST, POSITION_COST = 0.35, 0.19
 # The same where single values of the core are chosen over all modes: of the lost energy and of its third power.

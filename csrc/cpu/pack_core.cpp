@@ -14,7 +14,8 @@ constexpr int missing = 255;
 constexpr int scale_count = missing - 1;
 constexpr int64_t groups_at_once = 1024;
 
-// How codes of one number of bits are kept: as digits of their byte, to which `largest` was added.
+// How codes of one number of bits are kept: as digits of their byte, to which `largest` was added. A scale is `steps`
+// steps.
 template <int bits>
 struct Format {
   static constexpr int base = bits == 2 ? 3 : 1 << bits;
@@ -22,6 +23,7 @@ struct Format {
   static constexpr int group = bits == 2 ? 20 : 16;
   static constexpr int bytes = group / per_byte;
   static constexpr int largest = bits > 1 ? (1 << (bits - 1)) - 1 : 1;
+  static constexpr float steps = bits == 2 ? 1.25f : largest;
   static constexpr int spacing = bits > 1 ? 1 : 2;
 };
 
@@ -179,14 +181,13 @@ void pack(const T* values, const Layout& layout, uint8_t* packed) {
   }
   const std::array<float, scale_count> scales = scales_below(base);
   parallel_for(0, layout.groups, groups_at_once, [&](int64_t begin, int64_t end) {
-    constexpr float largest = Format<bits>::largest;
     for (int64_t group = begin; group < end; ++group) {
       const float magnitude = magnitudes[group];
       int chosen = missing;
       float step = 0;
       if (std::isfinite(magnitude)) {
         chosen = scale_code(scales, magnitude);
-        step = scales[chosen] / largest;
+        step = scales[chosen] / Format<bits>::steps;
       }
       packed[layout.scales + group] = static_cast<uint8_t>(chosen);
       // Without a step every code is that of zero; signs need none.
@@ -210,7 +211,7 @@ void unpack(const uint8_t* packed, const Layout& layout, T* values) {
   std::array<float, 256> steps;
   steps.fill(std::numeric_limits<float>::quiet_NaN());
   for (int code = 0; code < scale_count; ++code) {
-    steps[code] = scales[code] / Form::largest;
+    steps[code] = scales[code] / Form::steps;
   }
   parallel_for(0, layout.groups, groups_at_once, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {

@@ -74,6 +74,7 @@ def pack_kernel(
     BASE: tl.constexpr,
     PER_BYTE: tl.constexpr,
     LARGEST: tl.constexpr,
+    STEPS: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     DIGITS: tl.constexpr,
@@ -104,7 +105,7 @@ def pack_kernel(
     if BITS == 1:
         codes = tl.where(finite[:, None, None] & (values < 0), 0, 1)
     else:
-        steps = tl.div_rn(base * tl.load(table_pointer + low), LARGEST * 1.0)
+        steps = tl.div_rn(base * tl.load(table_pointer + low), STEPS * 1.0)
         usable = finite & (steps > 0)
         steps = tl.where(usable, steps, 1.0)[:, None, None]
         values = tl.where(usable[:, None, None], values, 0.0)
@@ -131,6 +132,7 @@ def unpack_kernel(
     BASE: tl.constexpr,
     PER_BYTE: tl.constexpr,
     LARGEST: tl.constexpr,
+    STEPS: tl.constexpr,
     SPACING: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -142,7 +144,7 @@ def unpack_kernel(
     scales = tl.load(scales_pointer + places // GROUP, mask=inside, other=0).to(tl.int32)  # (BLOCK,)
     known = scales < MISSING - 1
     steps = tl.load(base_pointer) * tl.load(table_pointer + tl.where(known, scales, 0))
-    steps = tl.where(known, tl.div_rn(steps, LARGEST * 1.0), float("nan"))
+    steps = tl.where(known, tl.div_rn(steps, STEPS * 1.0), float("nan"))
     digits = tl.load(codes_pointer + places // PER_BYTE, mask=inside, other=0).to(tl.int32)
     for place in tl.static_range(PER_BYTE - 1):
         digits = tl.where(places % PER_BYTE > place, digits // BASE, digits)
@@ -180,6 +182,7 @@ def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
         BASE=form.base,
         PER_BYTE=form.per_byte,
         LARGEST=form.largest,
+        STEPS=form.steps,
         GROUPS=GROUPS,
         GROUP=form.group,
         DIGITS=triton.next_power_of_2(form.per_byte),
@@ -207,6 +210,7 @@ def unpack_core(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: tor
         BASE=form.base,
         PER_BYTE=form.per_byte,
         LARGEST=form.largest,
+        STEPS=form.steps,
         SPACING=form.spacing,
         BLOCK=BLOCK,
         GROUP=form.group,

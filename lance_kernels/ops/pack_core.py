@@ -2,12 +2,13 @@
 
 The core's values, in order, form groups of 16, with 2 bits of 20. A group's scale is the smallest `base * 2^(-c / 8)`,
 `c` from 0 to 253, that is not below its magnitude, the largest of its values'; `base` is the largest of all groups. A
-value `v` becomes the integer nearest to `v / step`, `step = scale / L` with `L = 2^(bits-1) - 1`. So `|v - unpacked| <=
-step / 2`, and `step` is at most `2^(1/8)` times the group's magnitude over `L` unless that lies more than `2^31` below
-`base`. With 1 bit a group's magnitude is the mean of its values' and all that is kept of a value is its sign: it
-unpacks to plus or minus the scale, a zero to plus. The buffer holds `base` (float32), the codes and one byte a group.
-Codes are digits of their byte, the first the least significant: 1, 2 or 8 digits at 8, 4 and 1 bits; at 2 bits, where
-there are three codes, 5 of base 3. So a value takes 8.5, 4.5, 1.5 or 2 bits, scales included.
+value `v` becomes the integer nearest to `v / step`, `step = scale / L` with `L = 2^(bits-1) - 1`, or of -1, 0 and 1
+with 2 bits, `L = 1.25`. So `|v - unpacked| <= step / 2`, and `step` is at most `2^(1/8)` times the group's magnitude
+over `L` unless that lies more than `2^31` below `base`. With 1 bit a group's magnitude is the mean of its values' and
+all that is kept of a value is its sign: it unpacks to plus or minus the scale, a zero to plus. The buffer holds `base`
+(float32), the codes and one byte a group. Codes are digits of their byte, the first the least significant: 1, 2 or 8
+digits at 8, 4 and 1 bits; at 2 bits, where there are three codes, 5 of base 3. So a value takes 8.5, 4.5, 1.5 or 2
+bits, scales included.
 
 Neighbours of a core are alike enough for this: at equal bytes it gave a higher gradient cosine than a bfloat16 scale a
 row, scales along the channel mode, or values sorted by their expected variance (docs/decisions.md).
@@ -34,7 +35,8 @@ class Format(NamedTuple):
         base: of the digits that a byte's codes are.
         per_byte: codes in a byte.
         group: values that share a scale; their codes fill whole bytes.
-        largest: the code of the largest value over its step; codes are kept with it added.
+        largest: the largest code; codes are kept with it added.
+        steps: of a scale.
         spacing: between codes, in steps.
     """
 
@@ -42,14 +44,15 @@ class Format(NamedTuple):
     per_byte: int
     group: int
     largest: int
+    steps: float
     spacing: int
 
 
 FORMATS = {
-    8: Format(256, 1, 16, 127, 1),
-    4: Format(16, 2, 16, 7, 1),
-    2: Format(3, 5, 20, 1, 1),
-    1: Format(2, 8, 16, 1, 2),
+    8: Format(256, 1, 16, 127, 127, 1),
+    4: Format(16, 2, 16, 7, 7, 1),
+    2: Format(3, 5, 20, 1, 1.25, 1),
+    1: Format(2, 8, 16, 1, 1, 2),
 }
 BITS = tuple(FORMATS)
 MISSING = 255  # the scale code of a group that holds NaN or infinity
@@ -140,7 +143,7 @@ def _pack_reference(core: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 1:
         codes = (~(groups < 0) | ~finite.unsqueeze(1)).float()
     else:
-        steps = (scales[chosen] / form.largest).unsqueeze(1)
+        steps = (scales[chosen] / form.steps).unsqueeze(1)
         codes = torch.where(steps > 0, (groups / steps).round().clamp(-form.largest, form.largest), 0.0)
         codes = torch.where(finite.unsqueeze(1), codes, 0.0) + form.largest
     # Behind the core's end the last byte holds codes of zero.
@@ -194,7 +197,7 @@ def _unpack_reference(packed: torch.Tensor, size: Sequence[int], bits: int, dtyp
     form, count = FORMATS[bits], math.prod(size)
     split = 4 + code_bytes(count, bits)
     base, codes, chosen = packed[:4].clone().view(torch.float32), packed[4:split], packed[split:]
-    table = F.pad(base * scale_table(packed.device) / form.largest, (0, 2), value=torch.nan)
+    table = F.pad(base * scale_table(packed.device) / form.steps, (0, 2), value=torch.nan)
     steps = table[chosen.long()].repeat_interleave(form.group)[:count]
     digits = (codes.unsqueeze(1) // _places(form, packed.device)).short() % form.base
     values: torch.Tensor = (digits.reshape(-1)[:count].float() * form.spacing - form.largest) * steps
