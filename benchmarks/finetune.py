@@ -55,16 +55,7 @@ def accuracy(model: nn.Module, split: Split, batch: int = 256) -> float:
     return 100 * float(sum(hits)) / len(split.labels)
 
 
-def train(
-    model: nn.Module,
-    data: Images,
-    recipe: Recipe,
-    seed: int,
-    title: str,
-    *,
-    frozen_norms: bool,
-    before_epoch: Callable[[int], None] | None = None,
-) -> list[float]:
+def train(model: nn.Module, data: Images, recipe: Recipe, seed: int, title: str, *, frozen_norms: bool) -> list[float]:
     """Trains `model` in place.
 
     Args:
@@ -74,7 +65,6 @@ def train(
         seed: seed of the data's order; equal seeds give equal batches.
         title: heading of the progress bar.
         frozen_norms: keep batch norms in evaluation mode.
-        before_epoch: called before each epoch but the first, with the number of epochs trained.
 
     Returns:
         Test accuracy after each epoch, in percent.
@@ -90,9 +80,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     curve = []
     with tqdm(total=steps, desc=title, unit="step", dynamic_ncols=True) as progress:
-        for epoch in range(recipe.epochs):
-            if epoch and before_epoch is not None:
-                before_epoch(epoch)
+        for _ in range(recipe.epochs):
             train_mode(model, frozen_norms=frozen_norms)
             for images, labels in batches(data.train, recipe.batch, generator):
                 step(model, optimizer, images, labels)

@@ -12,7 +12,6 @@ from torch import nn
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Prepare = Callable[[nn.Module, Sequence[str], Sequence[Batch]], nn.Module]
-BeforeEpoch = Callable[[nn.Module, Sequence[Batch], int], None]
 
 
 class UnfitLayerError(TypeError):
@@ -27,14 +26,11 @@ class Method:
         name: its name in tables.
         prepare: changes a model so that its named layers hold less; gets batches of images and labels to calibrate on.
         details: settings, for the rows.
-        before_epoch: what is done to the changed model before each epoch but the first; gets the batches that `prepare`
-            got and the number of epochs trained.
     """
 
     name: str
     prepare: Prepare
     details: dict[str, Any] = field(default_factory=dict)
-    before_epoch: BeforeEpoch = lambda model, loader, epoch: None
 
     def apply(self, model: nn.Module, names: Sequence[str], loader: Sequence[Batch]) -> nn.Module:
         """A copy of `model` changed by the method.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from benchmarks.methods.recompute import checkpoint_blocks, compile_with_budget
 from benchmarks.methods.tucker import Fixed, Hosvd, SubspaceIteration, hosvd_factors
 
 Bits = Literal[8, 4, 2, 1] | None
-CALIBRATION_BATCHES, RECALIBRATION_BATCHES = 100, 20
+CALIBRATION_BATCHES = 100
 # Energies from which a rival's largest within a byte budget is taken.
 ENERGIES = tuple(step / 100 for step in range(98, 8, -2))
 
@@ -41,12 +41,11 @@ def compiled(budget: float = 0.5) -> Method:
     return Method(name, lambda model, names, loader: compile_with_budget(model, budget), {"budget": budget})
 
 
-def ours(name: str | None = None, recalibrate_after: Container[int] = (), **config: Any) -> Method:
+def ours(name: str | None = None, **config: Any) -> Method:
     """This package: `LanceConfig(**config)` on the named layers.
 
     Args:
         name: name in tables; by default made of the settings.
-        recalibrate_after: numbers of epochs after which factors are found anew, from `RECALIBRATION_BATCHES`.
         **config: fields of `LanceConfig` other than `target_modules`.
     """
     settings = lance.LanceConfig(**config)
@@ -56,14 +55,10 @@ def ours(name: str | None = None, recalibrate_after: Container[int] = (), **conf
         lance.calibrate(model, loader, max_batches=CALIBRATION_BATCHES, progress=False)
         return model
 
-    def recalibrate(model: nn.Module, loader: Sequence[Batch], epoch: int) -> None:
-        if epoch in recalibrate_after:
-            lance.calibrate(model, loader, max_batches=RECALIBRATION_BATCHES, progress=False)
-
     size = f"energy {settings.energy:g}" if settings.budget_bytes is None else f"{settings.budget_bytes} bytes"
     chosen = name or f"lance, {size}, {settings.core_bits or 32} bits, companions {settings.companions}"
     details = {"energy": settings.energy, "core_bits": settings.core_bits, "budget_bytes": settings.budget_bytes}
-    return Method(chosen, prepare, {**details, "companions": settings.companions}, recalibrate)
+    return Method(chosen, prepare, {**details, "companions": settings.companions})
 
 
 def published(energy: float = 0.7, bits: Bits = None) -> Method:

@@ -41,7 +41,6 @@ PLAIN, PUBLISHED = "plain", "published, energy 0.7"
 AT_PUBLISHED, AT_SHARE = "lance, at the published form's bytes", f"lance, at 1/{SHARE} of the bytes"
 SIGNS_AT_PUBLISHED = "lance, 1 bit, at the published form's bytes"
 SIGNS_AT_SHARE = f"lance, 1 bit and fewer operations, at 1/{SHARE} of the bytes"
-RECALIBRATED = f"lance, recalibrated after 1, 2, 4, 8 epochs, at 1/{SHARE} of the bytes"
 # Operations of projections and weight gradients over the dense weight gradients', for a step within `OPERATIONS`.
 MAX_WORK = {"last2": 0.6, "last4": 0.6, "all": 0.25}
 
@@ -170,9 +169,6 @@ CLAIMS: dict[str, Make] = {
         budget_bytes=task.dense_bytes // SHARE, core_bits=1, max_work=MAX_WORK[task.layers]
     ),
 }
-LONG_CLAIMS: dict[str, Make] = {
-    RECALIBRATED: lambda task: methods.ours(budget_bytes=task.dense_bytes // SHARE, recalibrate_after=(1, 2, 4, 8)),
-}
 RIVALS: dict[str, Make] = {
     "HOSVD every step": lambda task: methods.hosvd(budget_bytes=task.dense_bytes // SHARE),
     "HOSVD every step, 4 bits": lambda task: methods.hosvd(bits=4, budget_bytes=task.dense_bytes // SHARE),
@@ -212,11 +208,10 @@ def accuracy_case(layers: str, recipe: str, name: str, make: Make, seeds: int, c
     numbers = range(context.seed, context.seed + (1 if context.quick else seeds))
     for seed in numbers:
         work = task(context, layers, recipe, seed)
-        method = make(work)
-        model = method.apply(work.model, work.names, work.loader)
+        model = make(work).apply(work.model, work.names, work.loader)
         counted = methods.counted_bytes(model, work.names, work.loader[0])
-        title, again = f"{context.case}, seed {seed}", partial(method.before_epoch, model, work.loader)
-        curve = train(model, work.data, work.recipe, seed, title, frozen_norms=True, before_epoch=again)
+        title = f"{context.case}, seed {seed}"
+        curve = train(model, work.data, work.recipe, seed, title, frozen_norms=True)
         outcomes.append(Outcome(curve, counted, work.dense_bytes))
     details = {
         "layers": layers,
@@ -309,7 +304,7 @@ def _register() -> None:
     shares = {name: CLAIMS[name] for name in (PLAIN, AT_SHARE, SIGNS_AT_SHARE)}
     accuracy("last4", SHORT, CLAIMS, SEEDS)
     accuracy("last4", SHORT, in_4_bits, SEEDS)
-    accuracy("last4", LONG, {**shares, **LONG_CLAIMS}, SEEDS)
+    accuracy("last4", LONG, shares, SEEDS)
     accuracy("all", SHORT, {**shares, PUBLISHED: CLAIMS[PUBLISHED]}, SEEDS)
     accuracy("all", LONG, shares, SEEDS)
     accuracy("last4", SHORT, others, 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ PLAIN, PUBLISHED = "plain", "published, energy 0.7"
 AT_PUBLISHED, AT_SHARE = "lance, at the published form's bytes", "lance, at 1/100 of the bytes"
 SIGNS_AT_PUBLISHED = "lance, 1 bit, at the published form's bytes"
 SIGNS_AT_SHARE = "lance, 1 bit and fewer operations, at 1/100 of the bytes"
-RECALIBRATED = "lance, recalibrated after 1, 2, 4, 8 epochs, at 1/100 of the bytes"
 # Lanes of the claims: trained layers, recipe, least mean and least lower bound of ours minus plain.
 AGAINST_PLAIN = (
     ("last4", "3 epochs", -1.0, -2.0),
@@ -62,6 +61,11 @@ def _minus(one: Row, other: Row) -> Interval:
     return paired_interval(*[[found[seed] for seed in seeds] for found in values])
 
 
+def _paired(lane: Mapping[str, Row], *names: str) -> bool:
+    """Whether the rows are there and trained the same network: pretraining rounds by the processor."""
+    return all(name in lane for name in names) and len({lane[name].environment["hardware"] for name in names}) == 1
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -94,7 +98,7 @@ def _claims(rows: list[Row]) -> Table:
         )
     lane = _accuracy_rows(rows, "last4", "3 epochs")
     for name in (AT_PUBLISHED, SIGNS_AT_PUBLISHED):
-        if name in lane and PUBLISHED in lane:
+        if _paired(lane, name, PUBLISHED):
             difference = _minus(lane[name], lane[PUBLISHED])
             fits = _counted(lane[name]) <= _counted(lane[PUBLISHED])
             bytes_of = _ratio(lane[PUBLISHED]), _ratio(lane[name])
@@ -106,8 +110,8 @@ def _claims(rows: list[Row]) -> Table:
             )
     for layers, recipe, mean, lower in AGAINST_PLAIN:
         lane = _accuracy_rows(rows, layers, recipe)
-        for name in (AT_SHARE, RECALIBRATED, SIGNS_AT_SHARE):
-            if PLAIN in lane and name in lane:
+        for name in (AT_SHARE, SIGNS_AT_SHARE):
+            if _paired(lane, name, PLAIN):
                 difference = _minus(lane[name], lane[PLAIN])
                 add(
                     f"accuracy minus plain's, {layers}, {recipe}: {name} ({_ratio(lane[name])})",
@@ -121,9 +125,9 @@ def _claims(rows: list[Row]) -> Table:
 
 def _claim_rivals(rows: list[Row], add: Any) -> None:
     lane = _accuracy_rows(rows, "last4", "3 epochs")
-    rivals = {name: row for name, row in lane.items() if name.startswith(RIVALS)}
     for name in (AT_SHARE, SIGNS_AT_SHARE):
-        if rivals and name in lane:
+        rivals = {rival: row for rival, row in lane.items() if rival.startswith(RIVALS) and _paired(lane, name, rival)}
+        if rivals:
             best = max(rivals, key=lambda rival: _mean(_last(rivals[rival])))
             difference = _minus(lane[name], rivals[best])
             add(
@@ -168,7 +172,7 @@ def _accuracies(rows: list[Row], layers: str, recipe: str) -> Table:
     for name, row in lane.items():
         curve = [_mean(values) for values in zip(*row.details["curves"])]
         shown = curve if len(curve) <= 5 else curve[:: len(curve) // 5]
-        difference = str(_minus(row, lane[PLAIN])) if PLAIN in lane and name != PLAIN else ""
+        difference = str(_minus(row, lane[PLAIN])) if name != PLAIN and _paired(lane, name, PLAIN) else ""
         epochs = " ".join(f"{value:.1f}" for value in shown)
         seeds = len(row.details["seeds"])
         counted = "-" if name.startswith("LoRA") else _ratio(row)
@@ -176,7 +180,8 @@ def _accuracies(rows: list[Row], layers: str, recipe: str) -> Table:
     table.caption = (
         "Means over the seeds; differences with their 95% interval by Student's t over paired seeds, which differ in "
         "the head's start and the order of the batches and share one pretrained network. Counted: what is kept in "
-        "place of the compressed layers' inputs, factors included where every step has its own."
+        "place of the compressed layers' inputs, factors included where every step has its own.\n"
+        f"Pretrained and measured on: {', '.join(dict.fromkeys(row.environment['hardware'] for row in lane.values()))}."
     )
     return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from benchmarks import environment, methods
 from benchmarks.data import digits
-from benchmarks.finetune import Recipe, train
+from benchmarks.finetune import Recipe
 from benchmarks.pretrained import backbone, pretrained
 from benchmarks.registry import Context
 from benchmarks.results import Row, make_rows
@@ -58,12 +59,6 @@ def test_seeds_differ_in_head_and_order_and_methods_do_not() -> None:
     assert not torch.equal(one.loader[0][1], other.loader[0][1])
 
 
-def test_training_calls_before_each_epoch_but_the_first() -> None:
-    work, calls = finetune.task(context(""), "last2", finetune.SHORT, 0), list[int]()
-    curve = train(work.model, work.data, Recipe(3, 256, 0.01), 0, "test", frozen_norms=True, before_epoch=calls.append)
-    assert (len(curve), calls) == (3, [1, 2])
-
-
 def test_cases_on_digits_and_their_tables(tmp_path) -> None:
     rows: list[Row] = []
     for name in (finetune.PLAIN, finetune.PUBLISHED, finetune.AT_PUBLISHED, finetune.AT_SHARE, "HOSVD every step"):
@@ -89,7 +84,9 @@ def test_cases_on_digits_and_their_tables(tmp_path) -> None:
     assert (tmp_path / "plot.png").exists()
 
 
-def accuracies(method: str, layers: str, recipe: str, values: list[float], counted: int) -> list[Row]:
+def accuracies(
+    method: str, layers: str, recipe: str, values: list[float], counted: int, hardware: str = "here"
+) -> list[Row]:
     details = {
         "layers": layers,
         "recipe": recipe,
@@ -102,7 +99,7 @@ def accuracies(method: str, layers: str, recipe: str, values: list[float], count
         "finetune",
         f"accuracy: {layers}, {recipe}: {method}",
         {method: values},
-        environment=environment.current(),
+        environment=replace(environment.current(), hardware=hardware),
         quick=True,
         quantity="test accuracy",
         unit="%",
@@ -129,6 +126,20 @@ def test_claims_are_met_and_missed_as_the_rows_say() -> None:
         ("accuracy minus the best rival's", finetune.AT_SHARE): "met",
         ("accuracy minus the best rival's", finetune.SIGNS_AT_SHARE): "met",
     }
+
+
+def test_networks_of_two_processors_are_not_compared() -> None:
+    lane = ("last4", "3 epochs")
+    rows = accuracies("plain", *lane, [90.0, 91.0, 92.0], 10_000)
+    rows += accuracies(finetune.AT_SHARE, *lane, [90.0, 91.0, 93.0], 100, hardware="elsewhere")
+    rows += accuracies("ASI, 4 bits", *lane, [87.0, 90.0, 91.0], 100)
+    (accuracy,) = finetune_tables.tables(rows)  # no claim to show
+    assert {row[0]: row[3] != "" for row in accuracy.rows} == {
+        "plain": False,
+        finetune.AT_SHARE: False,
+        "ASI, 4 bits": True,
+    }
+    assert "here, elsewhere" in accuracy.caption
 
 
 class FakeLibrary(ModuleType):

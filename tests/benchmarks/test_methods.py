@@ -310,21 +310,3 @@ def test_flops_count_decompositions() -> None:
     assert more > grams // 2 + eigen
     assert eigh_flops((5, 5)) == 9 * 125
     assert qr_flops((10, 4)) == 4 * 10 * 16 - 4 * 64 // 3
-
-
-def test_ours_is_calibrated_anew_before_the_epochs_it_names() -> None:
-    method, first = methods.ours(energy=0.8, recalibrate_after=(2,)), batches()
-    model = method.apply(network(), NAMES, first)
-    before = [model.get_submodule(name).factors for name in NAMES]
-    other = [(images.flip(2).cumsum(3), labels) for images, labels in first]
-    method.before_epoch(model, other, 1)
-    kept = [model.get_submodule(name).factors for name in NAMES]
-    assert all(one is two for old, new in zip(before, kept) for one, two in zip(old, new))
-    method.before_epoch(model, other, 2)
-    expected = methods.ours(energy=0.8).apply(network(), NAMES, other)
-    for name in NAMES:
-        found, made = (changed.get_submodule(name).factors for changed in (model, expected))
-        for one, two in zip(found, made, strict=True):
-            assert (one is None) == (two is None)
-            if one is not None:
-                torch.testing.assert_close(one @ one.mT, two @ two.mT)
