@@ -7,8 +7,8 @@ with 2 bits, `L = 1.25`. So `|v - unpacked| <= step / 2`, and `step` is at most 
 over `L` unless that lies more than `2^31` below `base`. With 1 bit a group's magnitude is the mean of its values' and
 all that is kept of a value is its sign: it unpacks to plus or minus the scale, a zero to plus. The buffer holds `base`
 (float32), the codes and one byte a group. Codes are digits of their byte, the first the least significant: 1, 2 or 8
-digits at 8, 4 and 1 bits; at 2 bits, where there are three codes, 5 of base 3. So a value takes 8.5, 4.5, 1.5 or 2
-bits, scales included.
+digits at 8, 4 and 1 bits; at 2 bits, where there are three codes, 5 of base 3. So a value takes 8.5, 4.5, 2.0 or 1.5
+bits at 8, 4, 2 and 1, scales included.
 
 Neighbours of a core are alike enough for this: at equal bytes it gave a higher gradient cosine than a bfloat16 scale a
 row, scales along the channel mode, or values sorted by their expected variance (docs/decisions.md).
