@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -16,9 +17,9 @@ import triton.language as tl
 from lance_kernels.ops.pack_core import (
     FORMATS,
     MISSING,
+    buffer_parts,
     check_bits,
     check_packed,
-    code_bytes,
     group_count,
     packed_bytes,
     scale_table,
@@ -152,12 +153,25 @@ def unpack_kernel(
     tl.store(core_pointer + places, values.to(core_pointer.dtype.element_ty), mask=inside)
 
 
+def _format(bits: int) -> dict[str, Any]:
+    """What both ways know of the buffer, as a kernel's compile-time arguments."""
+    form = FORMATS[bits]
+    return {
+        "BASE": form.base,
+        "PER_BYTE": form.per_byte,
+        "LARGEST": form.largest,
+        "STEPS": form.steps,
+        "GROUP": form.group,
+        "MISSING": MISSING,
+    }
+
+
 def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
     """Launches the kernels that pack `core`; see `lance_kernels.ops.pack_core`."""
     check_bits("pack_core", bits)
     form, dense, count = FORMATS[bits], core.contiguous(), core.numel()
     packed = core.new_empty(packed_bytes(core.shape, bits), dtype=torch.uint8)
-    groups, in_codes = group_count(count, bits), code_bytes(count, bits)
+    groups = group_count(count, bits)
     magnitudes = core.new_empty(groups, dtype=torch.float32)
     grid = (triton.cdiv(groups, GROUPS),)
     if not count:
@@ -167,8 +181,8 @@ def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
     padded = triton.next_power_of_2(form.group)
     magnitudes_kernel[grid](dense, magnitudes, count, BITS=bits, GROUPS=GROUPS, GROUP=form.group, PADDED=padded)
     base = torch.where(magnitudes.isfinite(), magnitudes, 0.0).amax().view(1)
-    packed[:4] = base.view(torch.uint8)
-    codes, scales = packed[4 : 4 + in_codes], packed[4 + in_codes :]
+    head, codes, scales = buffer_parts(packed, count, bits)
+    head.copy_(base.view(torch.uint8))
     pack_kernel[grid](
         dense,
         magnitudes,
@@ -177,16 +191,11 @@ def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
         codes,
         scales,
         count,
-        in_codes,
+        len(codes),
         BITS=bits,
-        BASE=form.base,
-        PER_BYTE=form.per_byte,
-        LARGEST=form.largest,
-        STEPS=form.steps,
         GROUPS=GROUPS,
-        GROUP=form.group,
         DIGITS=triton.next_power_of_2(form.per_byte),
-        MISSING=MISSING,
+        **_format(bits),
     )
     return packed
 
@@ -197,23 +206,16 @@ def unpack_core(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: tor
     core, count = packed.new_empty(tuple(size), dtype=dtype), math.prod(size)
     if not count:
         return core
-    form, in_codes = FORMATS[bits], code_bytes(count, bits)
-    base = packed[:4].clone().view(torch.float32)
-    codes, scales = packed[4 : 4 + in_codes], packed[4 + in_codes :]
+    base, codes, scales = buffer_parts(packed, count, bits)
     unpack_kernel[(triton.cdiv(count, BLOCK),)](
         codes,
         scales,
-        base,
+        base.clone().view(torch.float32),
         scale_table(packed.device),
         core,
         count,
-        BASE=form.base,
-        PER_BYTE=form.per_byte,
-        LARGEST=form.largest,
-        STEPS=form.steps,
-        SPACING=form.spacing,
+        SPACING=FORMATS[bits].spacing,
         BLOCK=BLOCK,
-        GROUP=form.group,
-        MISSING=MISSING,
+        **_format(bits),
     )
     return core

@@ -118,6 +118,12 @@ def core_bytes(size: Sequence[int], bits: int | None, itemsize: int) -> int:
     return packed_bytes(size, bits) if bits else math.prod(size) * itemsize
 
 
+def buffer_parts(packed: torch.Tensor, count: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of a buffer of `count` values: the bytes of `base`, of the codes, and of the groups' scales."""
+    scales = 4 + code_bytes(count, bits)
+    return packed[:4], packed[4:scales], packed[scales:]
+
+
 def check_bits(operator: str, bits: int) -> None:
     """Refuses a number of bits that no packed core has."""
     check(bits in BITS, f"lance::{operator}: bits is {bits}; expected 8, 4, 2 or 1")
@@ -195,9 +201,8 @@ def check_packed(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: to
 def _unpack_reference(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: torch.dtype) -> torch.Tensor:
     check_packed(packed, size, bits, dtype)
     form, count = FORMATS[bits], math.prod(size)
-    split = 4 + code_bytes(count, bits)
-    base, codes, chosen = packed[:4].clone().view(torch.float32), packed[4:split], packed[split:]
-    table = F.pad(base * scale_table(packed.device) / form.steps, (0, 2), value=torch.nan)
+    base, codes, chosen = buffer_parts(packed, count, bits)
+    table = F.pad(base.clone().view(torch.float32) * scale_table(packed.device) / form.steps, (0, 2), value=torch.nan)
     steps = table[chosen.long()].repeat_interleave(form.group)[:count]
     digits = (codes.unsqueeze(1) // _places(form, packed.device)).short() % form.base
     values: torch.Tensor = (digits.reshape(-1)[:count].float() * form.spacing - form.largest) * steps
