@@ -4,6 +4,7 @@ Environment variables:
     LANCE_REQUIRE_EXT=1: fail where the default is a pure Python install (no PyTorch, no C++ compiler).
     LANCE_BUILD_EXT=0: pure Python install without trying.
     CXX, CFLAGS, MAX_JOBS: compiler, extra flags, parallel jobs, as usual.
+    TORCH_CUDA_ARCH_LIST: GPUs to compile for; by default those of this machine, and without one `ARCHITECTURES`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 # PyTorch 2.11, the oldest that the stable ABI calls made here exist in.
 TORCH_TARGET_VERSION = "0x020b000000000000"
+# PyTorch compiles for the GPUs it sees, and fails where it sees none.
+ARCHITECTURES = "8.0;9.0;10.0+PTX"
 REASON_FILE = "_pure_python.txt"
 
 
@@ -95,6 +98,8 @@ def compiled() -> dict[str, Any]:
         ),
     ]
     if sources("cuda/*.cu") and has_cuda(cpp_extension):
+        if not import_torch().cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
         extensions.append(
             cpp_extension.CUDAExtension(
                 "lance_kernels.lance_cuda",
@@ -128,9 +133,7 @@ def pybind11_include() -> list[str]:
 
 
 def has_cuda(cpp_extension: Any) -> bool:
-    import torch
-
-    return torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    return import_torch().version.cuda is not None and cpp_extension.CUDA_HOME is not None
 
 
 def pure_python(reason: str) -> dict[str, Any]:

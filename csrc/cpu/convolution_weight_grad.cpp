@@ -408,7 +408,7 @@ Tensor library_weight_grad(const Tensor& grad_output, const Tensor& image, const
   const std::array<int32_t, 3> wanted{0, 1, 0};
   std::array<AtenTensorHandle, 3> gradients{};
   const int64_t count = static_cast<int64_t>(stride.size());
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
       grad_output.get(), image.get(), weight.get(), nullptr, 0, stride.data(), count, padding.data(), count,
       dilation.data(), count, 0, output_padding.data(), count, groups, wanted.data(), 3, &gradients[0], &gradients[1],
       &gradients[2]));

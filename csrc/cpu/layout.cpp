@@ -12,7 +12,7 @@ Tensor permute(const Tensor& x, const Sizes& order) {
     return x;
   }
   std::array<StableIValue, 2> stack{torch::stable::detail::from(x), torch::stable::detail::from(order)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::permute", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::permute", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -366,7 +366,7 @@ void mode_grams_(const std::vector<Tensor>& grams, const Tensor& x, const Sizes&
   }
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   const Tensor dense = fits(x, wrapped) ? x : torch::stable::contiguous(x);
   dispatch_floating(x.scalar_type(), [&](auto value) {
     add_grams<decltype(value)>(grams, dense, wrapped, static_cast<cudaStream_t>(stream));

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
+from triton.runtime.autotuner import OutOfResources
 from triton.runtime.driver import driver
 
 MIN_SIDE = 16  # least side of a matrix product on the matrix units
@@ -18,6 +19,9 @@ MAX_ALIGN_BYTES = 16  # widest load of a thread
 PROGRAMS = 264
 # Partial sums may take this share of the streamed tensor, or this many bytes.
 WORKSPACE_SHARE, WORKSPACE_BYTES = 0.05, 8 * 2**20
+
+
+Result = TypeVar("Result")
 
 
 class Tile(NamedTuple):
@@ -53,14 +57,44 @@ CHOSEN: dict[tuple[str, tuple[Hashable, ...]], Tile] = {}
 FORCED: dict[str, Tile] = {}
 
 
-def choose(kernel: str, shape: tuple[Hashable, ...], tile_for: Callable[..., Tile]) -> Tile:
-    """The tile for a shape, which `tile_for(*shape)` finds, kept in `CHOSEN`; `FORCED` goes first."""
+def launch_fitting(
+    kernel: str,
+    shape: tuple[Hashable, ...],
+    variant: tuple[Hashable, ...],
+    tiles_for: Callable[..., Sequence[Tile]],
+    launch: Callable[[Tile], Result],
+) -> Result | None:
+    """Launches with the first of a shape's tiles for which the GPU has the shared memory, and keeps it in `CHOSEN`.
+
+    How much a kernel takes is known when it is compiled, no sooner.
+
+    Args:
+        kernel: its name; a tile in `FORCED` goes first.
+        shape: what the tiles follow from.
+        variant: what a kernel is compiled for besides, such as dtype and alignment.
+        tiles_for: `tiles_for(*shape)` lists the tiles, the preferred one first.
+        launch: starts the kernel with a tile.
+
+    Returns:
+        What `launch` returns; None where no tile fits, and nothing was launched.
+    """
     if kernel in FORCED:
-        return FORCED[kernel]
-    key = (kernel, (capability(), *shape))
-    if key not in CHOSEN:
-        CHOSEN[key] = tile_for(*shape)
-    return CHOSEN[key]
+        return launch(FORCED[kernel])
+    key = (kernel, (capability(), *shape, *variant))
+
+    def tried() -> Iterator[Tile]:
+        if key in CHOSEN:
+            yield CHOSEN[key]
+        yield from tiles_for(*shape)
+
+    for tile in tried():
+        try:
+            result = launch(tile)
+        except OutOfResources:
+            continue
+        CHOSEN[key] = tile
+        return result
+    return None
 
 
 def capability() -> int:
@@ -73,24 +107,37 @@ def has_wide_units() -> bool:
     return capability() in (90, 100, 103)
 
 
-def fitting(tiles: Sequence[Tile], *, registers: Callable[[Tile], float], rereads: Callable[[Tile], float]) -> Tile:
-    """The first tile whose accumulators fit the registers and that reads factors seldom enough.
+def by_preference(
+    tiles: Sequence[Tile],
+    *,
+    registers: Callable[[Tile], float],
+    shared: Callable[[Tile], float],
+    rereads: Callable[[Tile], float],
+) -> list[Tile]:
+    """Tiles as a launch tries them: first those that fit registers and shared memory and read factors seldom enough.
 
     Args:
-        tiles: tiles in order of preference.
+        tiles: tiles in order of preference otherwise.
         registers: registers of a thread that a tile's accumulators and operands take.
+        shared: bytes of shared memory that a tile takes, roughly.
         rereads: elements of factors a tile reads for each streamed element.
     """
     room = MAX_REGISTERS if has_wide_units() else MAX_REGISTERS_BEFORE_HOPPER
-    fit = [tile for tile in tiles if registers(tile) <= room]
-    if not fit:
-        return min(tiles, key=registers)
-    return next((tile for tile in fit if rereads(tile) <= MAX_REREADS), fit[0])
+
+    def place(tile: Tile) -> tuple[float, float, bool]:
+        return max(shared(tile), shared_memory()), max(registers(tile), room), rereads(tile) > MAX_REREADS
+
+    return sorted(tiles, key=place)
+
+
+def shared_memory() -> int:
+    """Bytes of shared memory that a program can have."""
+    return (227 if has_wide_units() else 163 if capability() == 80 else 99) * 1024
 
 
 def stages_for(stage_bytes: int, other_bytes: int = 0) -> int:
-    """Loads in flight for which the shared memory suffices."""
-    room = (192 if has_wide_units() else 128 if capability() == 80 else 72) * 1024 - other_bytes
+    """Loads in flight for which the shared memory suffices, with some to spare for what changes its layout."""
+    room = shared_memory() - 32 * 1024 - other_bytes
     return max(2, min(4, room // stage_bytes))
 
 

@@ -21,12 +21,13 @@ import triton.language as tl
 from lance_kernels.kernels._common import (
     Tile,
     alignment,
-    choose,
+    by_preference,
     convolution_precision,
-    fitting,
+    launch_fitting,
     power_of_two,
     prepared,
     splits_for,
+    stages_for,
 )
 from lance_kernels.ops._padding import pad_pairs, padded_rows, shifted_factor
 from lance_kernels.ops.convolution import Geometry, output_size
@@ -156,8 +157,10 @@ class Shape(NamedTuple):
     def padded(self) -> tuple[int, int, int, int, int]:
         """Padded taps and ranks of height and width, and the padded channels' rank."""
         (taps_h, taps_w), (rank_h, rank_w) = (map(_next, self.taps), map(_next, self.ranks))
-        # Products of taps and ranks are sides of a matrix product, of at least 16.
+        # Products of taps and ranks, and of both ranks, are sides of a matrix product, of at least 16.
         rank_h, rank_w = max(rank_h, 16 // taps_h), max(rank_w, 16 // taps_w)
+        while rank_h * rank_w < 16:
+            rank_h, rank_w = (2 * rank_h, rank_w) if rank_h < rank_w else (rank_h, 2 * rank_w)
         return taps_h, rank_h, taps_w, rank_w, power_of_two(self.channels)
 
 
@@ -170,21 +173,30 @@ def rows_at_once(height: int) -> int:
     return min(32, power_of_two(height))
 
 
-def tile_for(*fields: Any) -> Tile:
-    """The tile for the fields of a `Shape`; it streams output channels and sums over the width."""
+def tiles_for(*fields: Any) -> list[Tile]:
+    """Tiles for the fields of a `Shape`; they stream output channels and sum over the width."""
     shape = Shape(*fields)
     taps_h, rank_h, taps_w, rank_w, channels = shape.padded
     height = rows_at_once(shape.height)
     width = min(128 // shape.itemsize, power_of_two(shape.width))
     ik, jl = taps_h * rank_h, taps_w * rank_w
 
+    def tile(outputs: int, warps: int, width: int) -> Tile:
+        return Tile(outputs, width, warps, min(3, stages_for(outputs * height * width * shape.itemsize)))
+
     def registers(tile: Tile) -> float:
         held = tile.stream * (height * jl + jl * ik + taps_h * taps_w * channels)
         return 1.2 * held / (32 * tile.warps)  # two of the three are rearranged
 
-    listed = [Tile(rows, width, warps, 3) for rows, warps in ((32, 8), (16, 8), (16, 4), (8, 8), (8, 4), (4, 4))]
+    def shared(tile: Tile) -> float:
+        block = tile.stages * tile.stream * height * tile.sum * shape.itemsize
+        turned = 4 * jl * (tile.stream * max(height, ik) + ik)
+        return max(block, turned, 4 * channels * (tile.stream * taps_h * taps_w + rank_h * rank_w))
+
+    listed = [tile(*sizes, width) for sizes in ((32, 8), (16, 8), (16, 4), (8, 8), (8, 4), (4, 4))]
     listed = [tile for tile in listed if tile.stream * height >= 64 and tile.stream <= power_of_two(shape.outputs)]
-    return fitting(listed, registers=registers, rereads=lambda tile: jl / (tile.stream * height))
+    listed += [tile(outputs, 4, 16)._replace(stages=2) for outputs in (4, 2, 1) if outputs * height >= 16]
+    return by_preference(listed, registers=registers, shared=shared, rereads=lambda tile: jl / (tile.stream * height))
 
 
 def shifted_sums(
@@ -193,7 +205,7 @@ def shifted_sums(
     spatial: Sequence[torch.Tensor],
     weight_size: Sequence[int],
     geometry: Geometry,
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """The shifted way for every output channel with every channel of the core.
 
     Args:
@@ -204,7 +216,7 @@ def shifted_sums(
         geometry: the convolution's.
 
     Returns:
-        `(O, channels, kernel height, kernel width)`, float32.
+        `(O, channels, kernel height, kernel width)`, float32; None where the GPU has no room for the kernel.
     """
     taps = (weight_size[2], weight_size[3])
     shape = Shape(
@@ -212,56 +224,65 @@ def shifted_sums(
         core.shape[1], grad.element_size(),
     )  # fmt: skip
     taps_h, rank_h, taps_w, rank_w, channels = shape.padded
-    tile = choose("convolution_weight_grad", shape, tile_for)
     shifted = [
         _padded_shift(spatial[index], index, grad.shape[2 + index], taps[index], geometry, shape.padded[2 * index :])
         for index in range(2)
     ]
-    tiles = triton.cdiv(shape.outputs, tile.stream)
+    core, precision = core.contiguous(), convolution_precision(grad.dtype)
     entries = shape.outputs * taps_h * taps_w
-    splits = splits_for(tiles, shape.batch, 4 * entries * channels, grad.numel() * shape.itemsize)
-    parts = grad.new_empty((splits, entries, channels), dtype=torch.float32)
     steps = grad.stride()
-    output_unit = width_unit = align = 1
+    output_unit = width_unit = 1
     if steps[3] == 1:
-        width_unit = align = alignment(shape.itemsize, shape.width, *steps[:3])
+        width_unit = alignment(shape.itemsize, shape.width, *steps[:3])
     elif steps[1] == 1:
-        output_unit = align = alignment(shape.itemsize, shape.outputs, steps[0], *steps[2:])
-    shifted_kernel[(tiles * splits,)](
-        grad,
-        *shifted,
-        core.contiguous(),
-        parts,
-        shape.batch,
-        shape.outputs // output_unit,
-        shape.height,
-        shape.width // width_unit,
-        shape.channels,
-        *shape.ranks,
-        splits,
-        steps[0] // align,
-        steps[1] // align,
-        steps[2] // align,
-        steps[3] // align,
-        OUTPUT_UNIT=output_unit,
-        WIDTH_UNIT=width_unit,
-        OUTPUT_CONTIGUOUS=steps[1] == 1 and steps[3] != 1,
-        WIDTH_CONTIGUOUS=steps[3] == 1,
-        ALIGN=align,
-        TAPS_H=taps_h,
-        RANK_H=rank_h,
-        TAPS_W=taps_w,
-        RANK_W=rank_w,
-        CHANNELS=channels,
-        OUTPUTS=tile.stream,
-        HEIGHT=rows_at_once(shape.height),
-        WIDTH=tile.sum,
-        PRECISION=convolution_precision(grad.dtype),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+        output_unit = alignment(shape.itemsize, shape.outputs, steps[0], *steps[2:])
+    align = max(output_unit, width_unit)
+
+    def start(tile: Tile) -> torch.Tensor:
+        tiles = triton.cdiv(shape.outputs, tile.stream)
+        splits = splits_for(tiles, shape.batch, 4 * entries * channels, grad.numel() * shape.itemsize)
+        parts = grad.new_empty((splits, entries, channels), dtype=torch.float32)
+        shifted_kernel[(tiles * splits,)](
+            grad,
+            *shifted,
+            core,
+            parts,
+            shape.batch,
+            shape.outputs // output_unit,
+            shape.height,
+            shape.width // width_unit,
+            shape.channels,
+            *shape.ranks,
+            splits,
+            steps[0] // align,
+            steps[1] // align,
+            steps[2] // align,
+            steps[3] // align,
+            OUTPUT_UNIT=output_unit,
+            WIDTH_UNIT=width_unit,
+            OUTPUT_CONTIGUOUS=steps[1] == 1 and steps[3] != 1,
+            WIDTH_CONTIGUOUS=steps[3] == 1,
+            ALIGN=align,
+            TAPS_H=taps_h,
+            RANK_H=rank_h,
+            TAPS_W=taps_w,
+            RANK_W=rank_w,
+            CHANNELS=channels,
+            OUTPUTS=tile.stream,
+            HEIGHT=rows_at_once(shape.height),
+            WIDTH=tile.sum,
+            PRECISION=precision,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        return parts
+
+    variant = (grad.dtype, precision, output_unit, width_unit)
+    parts = launch_fitting("convolution_weight_grad", shape, variant, tiles_for, start)
+    if parts is None:
+        return None
     total = parts.sum(0).reshape(shape.outputs, taps_h, taps_w, channels)
-    return total[:, : taps[0], : taps[1], : core.shape[1]].permute(0, 3, 1, 2)
+    return total[:, : taps[0], : taps[1], : shape.channels].permute(0, 3, 1, 2)
 
 
 def _padded_shift(
@@ -363,9 +384,10 @@ def convolution_weight_grad(
     shapes = tuple(None if shape is None else (shape[0], shape[1]) for shape in _shapes([None, *factors[1:]]))
     cost = costs(tuple(kept.shape), shapes, tuple(weight_size), _hashable(geometry), grad_output.element_size())
     thin = [weight_size[0], kept.shape[1], *weight_size[2:]]
+    product = None
     if cost.shifted < cost.expanded:
         product = shifted_sums(grad_output, kept, given, weight_size, geometry)
-    else:
+    if product is None:
         image = kept.float()
         for mode, factor in enumerate(spatial, start=2):
             image = image if factor is None else mode_product(image, factor.float(), mode)

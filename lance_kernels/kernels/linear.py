@@ -8,6 +8,7 @@ in order and multiplies with the transposed feature factor. The bias gradient is
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -17,9 +18,9 @@ import triton.language as tl
 from lance_kernels.kernels._common import (
     Tile,
     alignment,
-    choose,
-    fitting,
+    by_preference,
     kronecker,
+    launch_fitting,
     matmul_precision,
     power_of_two,
     splits_for,
@@ -162,24 +163,43 @@ def reduce_kernel(
         tl.store(places, product.to(weight_grad.dtype.element_ty), mask=inside[:, None] & (c < features)[None, :])
 
 
-def tile_for(way: str, first: int, second: int, outputs: int, tokens: int, itemsize: int) -> Tile:
-    """The tile for padded ranks of the tokens and the features."""
+def tiles_for(way: str, first: int, second: int, outputs: int, tokens: int, itemsize: int) -> list[Tile]:
+    """Tiles of the first launch for padded ranks of the tokens and the features."""
     terms = min(128 // itemsize, power_of_two(tokens))
     inner = second if way == "kept" else first
+    # The core, and what is multiplied with it, lie in shared memory beside the loads in flight.
+    operands = 0 if way == "kept" else first * second
 
-    def tile(rows: int, warps: int) -> Tile:
-        stage = (rows * itemsize + inner * (4 if way == "expand" else itemsize)) * terms
-        return Tile(rows, terms, warps, stages_for(stage, 0 if way == "kept" else 4 * first * second))
+    def stage(rows: int, terms: int) -> int:
+        return (rows * itemsize + inner * (4 if way == "expand" else itemsize)) * terms
+
+    def held(rows: int) -> int:
+        return 4 * (operands + (rows * first if way == "project" else 0))
+
+    def tile(rows: int, warps: int, terms: int = terms) -> Tile:
+        return Tile(rows, terms, warps, stages_for(stage(rows, terms), held(rows)))
 
     listed = [tile(128, 4), tile(128, 8), tile(64, 4), tile(64, 8)]
     if itemsize == 4:
         listed = [tile._replace(stages=2) for tile in listed[1:]]
-    operands = 0 if way == "kept" else first * second
+    listed = [tile for tile in listed if tile.stream <= max(64, power_of_two(outputs))]
+    listed += [Tile(rows, 16, warps, 2) for rows, warps in ((64, 8), (32, 8), (16, 4))]
     terms_of_float32 = 1.5 if itemsize == 4 else 1.0  # a product in three parts
-    return fitting(
-        [tile for tile in listed if tile.stream <= max(64, power_of_two(outputs))],
+    return by_preference(
+        listed,
         registers=lambda tile: terms_of_float32 * (tile.stream * (inner + second) + operands) / (32 * tile.warps),
+        shared=lambda tile: tile.stages * stage(tile.stream, tile.sum) + held(tile.stream),
         rereads=lambda tile: inner / tile.stream,
+    )
+
+
+def reduce_tiles_for(second: int) -> list[Tile]:
+    """Tiles of the second launch for a padded rank of the features: rows and columns of the gradient."""
+    return by_preference(
+        [Tile(side, side, 4, 2) for side in (64, 32, 16)],
+        registers=lambda tile: 0.0,
+        shared=lambda tile: 4 * second * 3 * tile.stream,
+        rereads=lambda tile: 0.0,
     )
 
 
@@ -210,89 +230,128 @@ def linear_weight_grads(
     for mode, factor in enumerate(factors[:-1]):
         if factor is not None and not (mode == core.dim() - 2 and token is not None):
             kept = mode_product(kept.float(), factor.float(), mode)
-    outputs = grad_output.shape[-1]
     tokens = math.prod(grad_output.shape[:-1]) if token is None else token.shape[0]
-    grad = grad_output.reshape(-1, tokens, outputs)
+    grad = grad_output.reshape(-1, tokens, grad_output.shape[-1])
     kept = kept.reshape(grad.shape[0], -1, feature_rank).contiguous()
     way = "kept" if token is None else "project" if projects else "expand"
     first, second = 16 if token is None else power_of_two(token.shape[1]), power_of_two(feature_rank)
-    itemsize = grad.element_size()
-    tile = choose(f"linear_weight_grad, {way}", (first, second, outputs, tokens, itemsize), _tile_for(way))
-    matrix = kept
+    parts = _launch_parts(way, grad, kept, token, first, second, with_bias)
+    if parts is None:
+        return None
+    sums, bias_sums = parts
+    if feature is None:
+        bias_grad = bias_sums.sum(0).to(grad.dtype) if with_bias else None
+        return sums.sum(0)[:, :feature_rank].to(grad.dtype).contiguous(), bias_grad
+    return _launch_reduction(sums, bias_sums, feature, grad.dtype, with_bias)
+
+
+def _launch_parts(
+    way: str,
+    grad: torch.Tensor,
+    core: torch.Tensor,
+    token: torch.Tensor | None,
+    first: int,
+    second: int,
+    with_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The first launch; None where the GPU has no room for its kernel.
+
+    Args:
+        way: `project`, `expand` or `kept`.
+        grad: `(batch, tokens, O)`.
+        core: `(batch, token rank or tokens, feature rank)`, contiguous.
+        token: factor of the tokens.
+        first: padded rank of the tokens.
+        second: padded rank of the features.
+        with_bias: whether to sum `grad` up too.
+
+    Returns:
+        `(splits, O, second)` and `(splits, O)`, float32.
+    """
+    batch, tokens, outputs = grad.shape
+    itemsize, precision = grad.element_size(), matmul_precision(grad.dtype)
+    matrix = core
     if token is not None:
         matrix = kronecker([token], grad.dtype if way == "project" else torch.float32, first)
-    tiles = triton.cdiv(outputs, tile.stream)
-    chunks = 1 if 2 * grad.shape[0] * tiles >= 512 else triton.cdiv(tokens, 4 * tile.sum)
-    units = grad.shape[0] * chunks
-    splits = splits_for(tiles, units, 4 * outputs * second, grad.numel() * itemsize)
     steps = grad.stride()
-    unit = 1
-    if steps[2] == 1:
-        unit = alignment(itemsize, outputs, *steps[:2])
-    parts = grad.new_empty((splits, outputs, second), dtype=torch.float32)
-    bias_parts = grad.new_empty((splits, outputs) if with_bias else 1, dtype=torch.float32)
-    precision = matmul_precision(grad.dtype)
-    weight_grad_kernel[(tiles * splits,)](
-        grad,
-        matrix,
-        kept,
-        parts,
-        bias_parts,
-        tokens,
-        outputs // unit,
-        kept.shape[1],
-        feature_rank,
-        chunks,
-        units,
-        splits,
-        steps[0] // unit,
-        steps[1] // unit,
-        steps[2] // unit,
-        OUTPUT_UNIT=unit,
-        OUTPUT_CONTIGUOUS=steps[2] == 1,
-        ALIGN=unit,
-        WAY=way,
-        BIAS=with_bias,
-        K=first,
-        D=second,
-        STREAM=tile.stream,
-        SUM=tile.sum,
-        PRECISION=precision,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    if feature is None:
-        bias_grad = bias_parts.sum(0).to(grad.dtype) if with_bias else None
-        return parts.sum(0)[:, :feature_rank].to(grad.dtype).contiguous(), bias_grad
-    features = feature.shape[0]
-    weight_grad = grad.new_empty((outputs, features))
-    bias_grad = grad.new_empty(outputs) if with_bias else None
-    rows, columns = 64, 64
-    row_tiles = triton.cdiv(outputs, rows)
-    shares = max(1, min(triton.cdiv(features, columns), 256 // row_tiles))
-    reduce_kernel[(row_tiles * shares,)](
-        parts,
-        bias_parts,
-        kronecker([feature], torch.float32, second),
-        weight_grad,
-        bias_parts if bias_grad is None else bias_grad,
-        outputs,
-        features,
-        splits,
-        shares,
-        BIAS=with_bias,
-        D=second,
-        ROWS=rows,
-        COLUMNS=columns,
-        PRECISION=precision,
-        num_warps=4,
-        num_stages=2,
-    )
-    return weight_grad, bias_grad
+    unit = alignment(itemsize, outputs, *steps[:2]) if steps[2] == 1 else 1
+
+    def start(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+        tiles = triton.cdiv(outputs, tile.stream)
+        chunks = 1 if 2 * batch * tiles >= 512 else triton.cdiv(tokens, 4 * tile.sum)
+        units = batch * chunks
+        splits = splits_for(tiles, units, 4 * outputs * second, grad.numel() * itemsize)
+        parts = grad.new_empty((splits, outputs, second), dtype=torch.float32)
+        bias_parts = grad.new_empty((splits, outputs) if with_bias else 1, dtype=torch.float32)
+        weight_grad_kernel[(tiles * splits,)](
+            grad,
+            matrix,
+            core,
+            parts,
+            bias_parts,
+            tokens,
+            outputs // unit,
+            core.shape[1],
+            core.shape[2],
+            chunks,
+            units,
+            splits,
+            steps[0] // unit,
+            steps[1] // unit,
+            steps[2] // unit,
+            OUTPUT_UNIT=unit,
+            OUTPUT_CONTIGUOUS=steps[2] == 1,
+            ALIGN=unit,
+            WAY=way,
+            BIAS=with_bias,
+            K=first,
+            D=second,
+            STREAM=tile.stream,
+            SUM=tile.sum,
+            PRECISION=precision,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        return parts, bias_parts
+
+    variant = (grad.dtype, precision, unit, with_bias)
+    shape = (first, second, outputs, tokens, itemsize)
+    return launch_fitting(f"linear_weight_grad, {way}", shape, variant, functools.partial(tiles_for, way), start)
 
 
-def _tile_for(way: str):
-    return lambda *shape: tile_for(way, *shape)
+def _launch_reduction(
+    parts: torch.Tensor, bias_parts: torch.Tensor, feature: torch.Tensor, dtype: torch.dtype, with_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """The second launch, for a feature factor `(D, rank)`; None where the GPU has no room for its kernel."""
+    splits, outputs, second = parts.shape
+    features, precision = feature.shape[0], matmul_precision(dtype)
+    weight_grad = parts.new_empty((outputs, features), dtype=dtype)
+    bias_grad = parts.new_empty(outputs, dtype=dtype) if with_bias else None
+
+    def start(tile: Tile) -> tuple[torch.Tensor, torch.Tensor | None]:
+        row_tiles = triton.cdiv(outputs, tile.stream)
+        shares = max(1, min(triton.cdiv(features, tile.sum), 256 // row_tiles))
+        reduce_kernel[(row_tiles * shares,)](
+            parts,
+            bias_parts,
+            kronecker([feature], torch.float32, second),
+            weight_grad,
+            bias_parts if bias_grad is None else bias_grad,
+            outputs,
+            features,
+            splits,
+            shares,
+            BIAS=with_bias,
+            D=second,
+            ROWS=tile.stream,
+            COLUMNS=tile.sum,
+            PRECISION=precision,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        return weight_grad, bias_grad
+
+    return launch_fitting("linear_weight_grad, sums", (second,), (dtype, precision, with_bias), reduce_tiles_for, start)
 
 
 def linear_weight_grad(grad_output: torch.Tensor, core: torch.Tensor, factors: Factors) -> torch.Tensor:

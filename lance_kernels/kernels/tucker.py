@@ -21,9 +21,9 @@ import triton.language as tl
 from lance_kernels.kernels._common import (
     Tile,
     alignment,
-    choose,
-    fitting,
+    by_preference,
     kronecker,
+    launch_fitting,
     matmul_precision,
     power_of_two,
     splits_for,
@@ -233,21 +233,28 @@ def plan(sizes: tuple[int, ...], strides: tuple[int, ...], ranks: tuple[int | No
     return min(passes, key=Pass.cost, default=None)
 
 
-def tile_for(first: int, second: int, stream: int, total: int, itemsize: int) -> Tile:
-    """The tile for padded ranks `first` and `second` (0 without one), streamed and summed sizes."""
+def tiles_for(first: int, second: int, stream: int, total: int, itemsize: int) -> list[Tile]:
+    """Tiles for padded ranks `first` and `second` (0 without one), streamed and summed sizes."""
     terms = min(128 // itemsize, power_of_two(total))
 
-    def tile(rows: int, warps: int, blocks: int = 1) -> Tile:
+    def stage(rows: int, terms: int) -> int:
+        return (rows + first) * terms * itemsize
+
+    def tile(rows: int, warps: int, blocks: int = 1, terms: int = terms) -> Tile:
         # A fourth load in flight costs registers that two blocks of rows do not leave.
-        stages = min(stages_for((rows * blocks + first) * terms * itemsize), 5 - blocks)
-        return Tile(rows, terms, warps, stages, blocks)
+        return Tile(rows, terms, warps, min(stages_for(stage(rows * blocks, terms)), 5 - blocks), blocks)
 
     listed = [tile(128, 4), tile(128, 8), tile(128, 8, 2), tile(64, 4), tile(64, 8)]
     if itemsize == 4:
         listed = [tile._replace(stages=2) for tile in (tile(128, 8), tile(64, 4), tile(64, 8))]
-    return fitting(
-        [tile for tile in listed if tile.rows <= max(64, power_of_two(stream))],
+    listed = [tile for tile in listed if tile.rows <= max(64, power_of_two(stream))]
+    listed += [tile(rows, 4, terms=16)._replace(stages=2) for rows in (64, 32, 16)]
+    return by_preference(
+        listed,
         registers=lambda tile: (tile.rows * first + first * second + tile.stream * second) / (32 * tile.warps),
+        shared=lambda tile: max(
+            tile.stages * stage(tile.rows, tile.sum), 4 * (tile.stream * (first + second)) if second else 0
+        ),
         rereads=lambda tile: first * triton.cdiv(stream, tile.rows) / stream + second / total,
     )
 
@@ -255,6 +262,17 @@ def tile_for(first: int, second: int, stream: int, total: int, itemsize: int) ->
 def _steps(one: Pass, strides: list[int]) -> list[int]:
     """Steps of the outer and the inner batch group; 0 where there is none."""
     return [0] * (2 - len(one.batch)) + [strides[index] for index in one.batch]
+
+
+def _units(one: Pass, itemsize: int) -> tuple[int, int]:
+    """What divides the streamed and the summed group's size where it lies contiguous: how wide loads are."""
+    summed, streamed = one.groups[one.summed], one.groups[one.streamed]
+    steps = _steps(one, [group.stride for group in one.groups])
+    if streamed.stride == 1:
+        return alignment(itemsize, streamed.size, summed.stride, *steps), 1
+    if summed.stride == 1:
+        return 1, alignment(itemsize, summed.size, streamed.stride, *steps)
+    return 1, 1
 
 
 def _group_strides(one: Pass, out: torch.Tensor) -> list[int] | None:
@@ -287,11 +305,8 @@ def launch(
         second_factor = kronecker([_given(factors[mode]) for mode in streamed.modes], torch.float32, second)
     steps = _steps(one, [group.stride for group in one.groups])
     batch = [one.groups[index].size for index in one.batch]
-    stream_unit = total_unit = align = 1
-    if streamed.stride == 1:
-        stream_unit = align = alignment(x.element_size(), streamed.size, summed.stride, *steps)
-    elif summed.stride == 1:
-        total_unit = align = alignment(x.element_size(), summed.size, streamed.stride, *steps)
+    stream_unit, total_unit = _units(one, x.element_size())
+    align = max(stream_unit, total_unit)
     programs = math.prod(batch) * (splits if one.two_sided else triton.cdiv(streamed.size, tile.rows))
     core_outer, core_inner = _steps(one, strides)
     project_kernel[(programs,)](
@@ -345,27 +360,38 @@ def tucker_project(x: torch.Tensor, factors: Factors) -> torch.Tensor:
         return _project_reference(x, factors)
     summed, streamed = one.groups[one.summed], one.groups[one.streamed]
     first, second = one.columns()
-    shape = (first, second if one.two_sided else 0, streamed.size, summed.size, x.element_size())
-    tile = choose("tucker_project", shape, tile_for)
     matrices = math.prod(one.groups[index].size for index in one.batch)
     extents = one.extents()
-    splits = 1
-    if one.two_sided:
-        partial = 4 * math.prod(extents)
-        splits = splits_for(matrices, triton.cdiv(streamed.size, tile.rows), partial, x.numel() * x.element_size())
     done = {*summed.modes, *(streamed.modes if one.two_sided else ())}
     left = [(mode, factor) for mode, factor in enumerate(factors) if factor is not None and mode not in done]
     sizes = [ranks[mode] or size if mode in done else size for mode, size in enumerate(x.shape)]
-    if splits == 1 and not left:
-        core = x.new_empty(sizes)
-        strides = _group_strides(one, core)
-        if strides is not None:
-            launch(one, x, factors, core, strides, 1, 0, tile)
-            return core
-    parts = x.new_empty((splits, *extents), dtype=torch.float32)
-    launch(one, x, factors, parts, list(parts.stride()[1:]), splits, parts.stride(0), tile)
+
+    def start(tile: Tile) -> tuple[torch.Tensor, bool]:
+        """The core, or parts of it, and whether it is the core."""
+        splits = 1
+        if one.two_sided:
+            tiles, partial = triton.cdiv(streamed.size, tile.rows), 4 * math.prod(extents)
+            splits = splits_for(matrices, tiles, partial, x.numel() * x.element_size())
+        if splits == 1 and not left:
+            core = x.new_empty(sizes)
+            strides = _group_strides(one, core)
+            if strides is not None:
+                launch(one, x, factors, core, strides, 1, 0, tile)
+                return core, True
+        parts = x.new_empty((splits, *extents), dtype=torch.float32)
+        launch(one, x, factors, parts, list(parts.stride()[1:]), splits, parts.stride(0), tile)
+        return parts, False
+
+    shape = (first, second if one.two_sided else 0, streamed.size, summed.size, x.element_size())
+    variant = (x.dtype, matmul_precision(x.dtype), *_units(one, x.element_size()))
+    started = launch_fitting("tucker_project", shape, variant, tiles_for, start)
+    if started is None:
+        return _project_reference(x, factors)
+    parts, is_core = started
+    if is_core:
+        return parts
     order = [mode for group in one.groups for mode in group.modes]
-    wide = (parts.sum(0) if splits > 1 else parts[0]).reshape([sizes[mode] for mode in order])
+    wide = (parts.sum(0) if len(parts) > 1 else parts[0]).reshape([sizes[mode] for mode in order])
     wide = wide.permute([order.index(mode) for mode in range(x.dim())])
     for mode, factor in sorted(left, key=lambda entry: entry[1].shape[1] / entry[1].shape[0]):
         wide = mode_product(wide, factor.float().mT, mode)

@@ -136,7 +136,8 @@ class CompressedLayer(nn.Module):
             and not self.lance_exact
             and self.weight.requires_grad
             and torch.is_grad_enabled()
-            and not torch.compiler.is_exporting()
+            # Dynamo of PyTorch 2.11 takes `torch.compiler.is_exporting()` for true in whatever it compiles.
+            and not torch.compiler._is_exporting_flag
         )
         if keeps and not torch.compiler.is_compiling():
             if torch._C._functorch.peek_interpreter_stack() is not None:

@@ -16,11 +16,12 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime.autotuner import OutOfResources
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 class StubDriver:
@@ -98,6 +99,8 @@ def assert_without_spills(compiled: list[Compiled], least_bytes: int) -> None:
 def compiling_for(capability: int) -> Iterator[list[Compiled]]:
     """Context in which launches compile for a GPU and start nothing.
 
+    As on that GPU, a kernel that takes more shared memory than there is raises `OutOfResources`.
+
     Args:
         capability: compute capability times ten, as in 90.
 
@@ -109,6 +112,8 @@ def compiling_for(capability: int) -> Iterator[list[Compiled]]:
 
     def run(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         binary = original(self, *args, grid=grid, warmup=True, **kwargs)
+        if binary.metadata.shared > SHARED_MEMORY[capability]:
+            raise OutOfResources(binary.metadata.shared, SHARED_MEMORY[capability], "shared memory")
         done.append(Compiled(self.fn.__name__, capability, binary))
         return binary
 

@@ -167,6 +167,7 @@ def check_convolution() -> None:
     convolution_grad((3, 10, 19, 21), (None, 5, 3, 2), (20, 10, 3, 2), strided, FP32, "channels_last")
     convolution_grad((2, 10, 40, 70), (None, 5, 6, 6), (18, 10, 3, 3), square, BF16, "channels_last")
     convolution_grad((2, 10, 36, 20), (None, 5, 1, 7), (18, 10, 1, 5), plain((1, 5)), FP16)
+    convolution_grad((2, 3, 12, 13), (None, 2, 2, 1), (6, 3, 7, 7), plain((7, 7)), BF16)
     launches = convolution_grad(
         (3, 10, 24, 24), (2, 5, 2, 2), (6, 5, 3, 3), square._replace(groups=2), BF16, shifts=False
     )
@@ -262,7 +263,7 @@ def draw(rng: random.Random) -> None:
     project(shape, ranks, dtype, layout)
     linear_grads(shape, ranks, rng.randint(1, 90), dtype, layout)
     spatial = [rng.randint(5, 40), rng.randint(5, 40)]
-    channels, outputs, kernel = rng.randint(1, 12), rng.randint(1, 20), [rng.randint(1, 3), rng.randint(1, 3)]
+    channels, outputs, kernel = rng.randint(1, 12), rng.randint(1, 20), [rng.randint(1, 7), rng.randint(1, 7)]
     ranks = [None, rng.randint(1, channels), *(rng.randint(1, min(size, 7)) for size in spatial)]
     geometry = Geometry(
         [rng.randint(1, 2), rng.randint(1, 2)],
