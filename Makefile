@@ -1,4 +1,4 @@
-# make test | lint | demo | demo-continual | bench | sanitize | fuzz | aarch64 | gpu | clean: each does its own set-up.
+# make test | lint | demo | demo-continual | bench | sanitize | fuzz | aarch64 | oldest | gpu | clean: each does its own set-up.
 #   PYTHON=python3.12   interpreter the virtual environment is made with (3.10 or newer)
 #   VENV=.venv          where it is
 #   PYTEST_ARGS=...     further arguments for pytest
@@ -19,7 +19,7 @@ TORCHVISION := torchvision==0.28.0
 # Test processes; each of them runs PyTorch on one or two threads.
 JOBS ?= 2
 
-.PHONY: all venv build test lint format demo demo-continual bench sanitize fuzz aarch64 cmake gpu clean
+.PHONY: all venv build test lint format demo demo-continual bench sanitize fuzz aarch64 oldest cmake gpu clean
 
 all: build
 
@@ -99,6 +99,13 @@ fuzz: build
 
 aarch64: $(INSTALLED)
 	.ci/aarch64 $(PY)
+
+# The tests with the oldest PyTorch there is support for, on a clone of what is committed. Its wheel is for CUDA: gigabytes.
+oldest:
+	rm -rf build/oldest
+	git clone -q . build/oldest
+	awk -F== '!seen[$$1]++' constraints-oldest.txt constraints.txt > build/oldest/constraints.txt
+	$(MAKE) -C build/oldest test TORCHVISION=torchvision==0.26.0 VENV=.venv
 
 # On a machine with a GPU, in the system's own Python where its PyTorch sees one (nothing is installed there), else in the
 # virtual environment: builds, runs the tests of the device, measures; every stage has its own time. GPU_ARGS goes to
