@@ -22,6 +22,7 @@ from torch import nn
 
 import lance_kernels as lance
 from tests.models import images, mobilenet, resnet, vit, with_statistics
+from tests.torchvision_operators import define_torchvision_operators
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "models.md"
@@ -98,10 +99,7 @@ def torchvision_models():
     """The makers of torchvision's models; its wheel imports beside a CPU build once its operators are defined."""
     if not TORCHVISION.is_dir():
         raise FileNotFoundError(f"{TORCHVISION} is not there; run `make build/torchvision`")
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    torchvision_models.library = library
+    define_torchvision_operators()
     sys.path.append(str(TORCHVISION))
     from torchvision import models
 

@@ -194,9 +194,11 @@ def test_linear_weight_grad_of_many_rows(rows, dtype):
         check_linear(torch.randn(rows, 40).to(dtype), torch.randn(core).to(dtype), factors)
 
 
-def check_convolution(input_size, weight_size, geometry, factors, dtype, layout="contiguous", count=1):
+def check_convolution(input_size, weight_size, geometry, factors, dtype, layout="contiguous", count=1, kept=None):
     core = [size if factor is None else factor.shape[1] for size, factor in zip(input_size, factors)]
     core = laid_out(core, dtype, "contiguous" if layout == "expanded" else layout)
+    if kept is not None:
+        core = core * kept
     grad = laid_out(output_size(input_size, weight_size, geometry), dtype, layout)
     with poisoned(count):
         actual = ops.convolution_weight_grad(grad, core, factors, weight_size, *geometry)
@@ -228,9 +230,47 @@ def convolutions(draw):
     return input_size, weight_size, geometry
 
 
+def staircase(sizes, share):
+    """Ones for so many of a core's values as a plan selects them: fewer channels, the higher the spatial ranks."""
+    place = sum(
+        torch.arange(1, size + 1).log().view(-1, *[1] * (len(sizes) - 2 - mode)) for mode, size in enumerate(sizes[1:])
+    )
+    return place <= place.flatten().kthvalue(max(1, int(share * place.numel()))).values
+
+
 @given(data=st.data(), case=convolutions(), dtype=dtypes, layout=layouts, count=threads)
 def test_convolution_weight_grad(data, case, dtype, layout, count):
-    check_convolution(*case, data.draw(some_factors(case[0])), dtype, layout, count)
+    factors = data.draw(some_factors(case[0]))
+    share, kept = data.draw(st.sampled_from((None, 0.1, 0.5))), None
+    if share is not None:
+        kept = staircase([size if f is None else f.shape[1] for size, f in zip(case[0], factors)], share)
+    check_convolution(*case, factors, dtype, layout, count, kept)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.4])
+@pytest.mark.parametrize(
+    ("sizes", "ranks"), [((70, 4, 4), (70, 4, 4)), ((40, 9, 8), (33, 7, 8)), ((20, 16, 16), (19, 16, 16))]
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("batch", [None, 5])
+def test_convolution_weight_grad_of_selected_values(sizes, ranks, share, layout, batch):
+    factors = random_factors((20, *sizes), (batch, *ranks))
+    for stride, dtype in ((1, torch.float32), (2, torch.bfloat16)):
+        geometry = Geometry([stride, 1], [1, 1], [1, 1], 1)
+        check_convolution(
+            (20, *sizes), (37, sizes[0], 3, 3), geometry, factors, dtype, layout, 2, staircase((20, *ranks), share)
+        )
+
+
+def test_values_that_the_first_sample_lacks_count():
+    factors = random_factors((20, 70, 4, 4), (None, 70, 4, 4))
+    few, many = staircase((20, 70, 4, 4), 0.05), staircase((20, 70, 4, 4), 0.6)
+    others = torch.arange(20).view(-1, 1, 1, 1) > 0
+    for first in (few, torch.zeros_like(few)):
+        for rest in (many, ~many, torch.zeros_like(many)):
+            kept = torch.where(others, rest, first)
+            geometry = Geometry([1, 1], [1, 1], [1, 1], 1)
+            check_convolution((20, 70, 4, 4), (37, 70, 3, 3), geometry, factors, torch.float32, kept=kept)
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -401,7 +441,8 @@ def test_convolution_refusals_say_what_the_reference_says(change):
 @pytest.mark.parametrize("capability", ["avx2", "generic"])
 def test_the_other_instruction_sets(capability):
     # In a process of its own, since the choice is made once; malloc fills what the kernels allocate with 0xfe bytes.
-    chosen = "every_small_rank or both_ways or depthwise or many_columns or thread_counts or empty"
+    chosen = "every_small_rank or both_ways or selected_values or first_sample or depthwise or many_columns or empty"
+    chosen += " or thread_counts"
     environment = {**os.environ, "LANCE_CPU_CAPABILITY": capability, "MALLOC_PERTURB_": "1"}
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", chosen],

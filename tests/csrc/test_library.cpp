@@ -33,7 +33,7 @@ Tensor random_tensor(const std::vector<int64_t>& sizes, uint32_t seed) {
 
 Tensor tucker_project(const Tensor& x, const std::vector<std::optional<Tensor>>& factors) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(x), torch::stable::detail::from(factors)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("lance::tucker_project", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("lance::tucker_project", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

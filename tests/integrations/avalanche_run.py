@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from tests.integrations.loops import ARGUMENTS, Watch, data, network
+from tests.torchvision_operators import define_torchvision_operators
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,9 +29,7 @@ class Labelled(TensorDataset):
 def main() -> None:
     sys.path += [str(ROOT / "build" / "avalanche"), str(ROOT / "build" / "torchvision")]
     sys.modules["wandb"] = types.ModuleType("wandb")
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    define_torchvision_operators()
     from avalanche.benchmarks import benchmark_from_datasets
     from avalanche.benchmarks.utils import as_classification_dataset
     from avalanche.training.supervised import Naive
