@@ -23,7 +23,10 @@ def step_tables(rows: list[Row]) -> list[Table]:
     cases = dict.fromkeys(row.case for row in rows)
     found = [_table(case, [row for row in rows if row.case == case]) for case in cases]
     if found:
-        explained = "Factors from calibration are shared by all steps."
+        explained = (
+            "Factors from calibration are shared by all steps. Operations are those of whole boxes of ranks, of which "
+            "a plan keeps some values."
+        )
         if any(row.quantity == "step time" for row in rows):
             explained += (
                 " Ratios of time are medians (10th to 90th percentile) over rounds in which all methods ran in turns. "
