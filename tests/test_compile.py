@@ -48,14 +48,17 @@ def test_whole_models(name):
         nn.functional.cross_entropy(compiled(x).logits, labels).backward()
         optimizer.step()
     assert counter.frame_count == 1
-    held = lance.held_bytes(compiled, x)
+    held, plain_held = lance.held_bytes(compiled, x), lance.held_bytes(plain, x)
     # Inductor lays convolutions' weights out anew, and keeps these copies for backward, of a plain model alike.
-    weights = [m.weight.nbytes for m in model.modules() if isinstance(m, nn.Conv2d) and BACKEND == "inductor"]
-    assert held <= lance.held_bytes(model, x) + sum(weights)
-    assert held < lance.held_bytes(plain, x)
+    added = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Conv2d) and BACKEND == "inductor")
     if name != "mobilenet":
         torch._dynamo.reset()
-        assert held < lance.held_bytes(torch.compile(plain, backend=BACKEND, fullgraph=True), x)
+        plain_compiled = lance.held_bytes(torch.compile(plain, backend=BACKEND, fullgraph=True), x)
+        # PyTorch 2.11 keeps an attention's weights when it compiles.
+        added = max(added, plain_compiled - plain_held)
+        assert held < plain_compiled
+    assert held <= lance.held_bytes(model, x) + added
+    assert held < plain_held
 
 
 class Block(nn.Module):
