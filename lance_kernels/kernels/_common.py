@@ -189,6 +189,7 @@ class _Entry(NamedTuple):
     sources: tuple[weakref.ref[torch.Tensor], ...]
     versions: tuple[int, ...]
     result: torch.Tensor
+    captured: list[torch.Tensor]  # what CUDA graphs read; it lives as long as the sources do
 
 
 _PREPARED: dict[tuple[object, ...], _Entry] = {}
@@ -199,24 +200,35 @@ def prepared(
 ) -> torch.Tensor:
     """What `make` makes of some tensors, kept for as long as they live and do not change.
 
+    A CUDA graph reads what was made before its capture, also when the tensors change afterwards.
+
     Args:
         sources: the tensors.
         form: tells apart what is made of the same tensors.
         make: makes it.
     """
-    if any(source.is_inference() for source in sources) or _capturing(sources[0]):
+    if any(source.is_inference() for source in sources):
         return make()
     key = (*map(id, sources), *form)
     versions = tuple(source._version for source in sources)
     entry = _PREPARED.get(key)
-    if entry is None or entry.versions != versions or any(r() is not s for r, s in zip(entry.sources, sources)):
+    if entry is not None and any(known() is not source for known, source in zip(entry.sources, sources)):
+        entry = None
+    fresh = entry is not None and entry.versions == versions
+    if _capturing(sources[0]):
+        # What is made in a capture lives in the graph's memory and holds nothing before its replay.
+        if entry is None or not fresh:
+            return make()
+        if not any(entry.result is tensor for tensor in entry.captured):
+            entry.captured.append(entry.result)
+    elif entry is None or not fresh:
         references = tuple(weakref.ref(source, lambda _: _PREPARED.pop(key, None)) for source in sources)
-        entry = _PREPARED[key] = _Entry(references, versions, make())
+        captured = [] if entry is None else entry.captured
+        entry = _PREPARED[key] = _Entry(references, versions, make(), captured)
     return entry.result
 
 
 def _capturing(tensor: torch.Tensor) -> bool:
-    # What is made while a graph is captured lives in the graph's memory and holds nothing before its replay.
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
