@@ -47,7 +47,9 @@ def fine_tune(method: str, megabytes: int, batch: int, size: int, steps: int, th
             optimizer.step()
             losses.append(loss.item())
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+        # The second is what oneDNN says when it gets none.
+        known = any(words in str(error).lower() for words in ("memory", "could not create a primitive"))
+        if not known and not isinstance(error, MemoryError):
             raise
         print(json.dumps({"finished": False, "steps": len(losses), "error": str(error).splitlines()[0]}))
         return OUT_OF_MEMORY

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ class Labelled(TensorDataset):
 def main() -> None:
     sys.path += [str(ROOT / "build" / "avalanche"), str(ROOT / "build" / "torchvision")]
     sys.modules["wandb"] = types.ModuleType("wandb")
+    sys.modules["wandb"].__spec__ = ModuleSpec("wandb", None)
     define_torchvision_operators()
     from avalanche.benchmarks import benchmark_from_datasets
     from avalanche.benchmarks.utils import as_classification_dataset
