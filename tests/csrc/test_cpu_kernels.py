@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -241,9 +242,11 @@ def staircase(sizes, share):
 @given(data=st.data(), case=convolutions(), dtype=dtypes, layout=layouts, count=threads)
 def test_convolution_weight_grad(data, case, dtype, layout, count):
     factors = data.draw(some_factors(case[0]))
+    sizes = [size if factor is None else factor.shape[1] for size, factor in zip(case[0], factors)]
     share, kept = data.draw(st.sampled_from((None, 0.1, 0.5))), None
-    if share is not None:
-        kept = staircase([size if f is None else f.shape[1] for size, f in zip(case[0], factors)], share)
+    # The few products that a handful of values leaves may all but cancel.
+    if share is not None and math.prod(sizes) >= 100:
+        kept = staircase(sizes, share)
     check_convolution(*case, factors, dtype, layout, count, kept)
 
 

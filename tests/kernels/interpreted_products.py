@@ -262,7 +262,7 @@ def draw(rng: random.Random) -> None:
     layout = rng.choice(("contiguous", "sliced", "transposed", "channels_last"))
     project(shape, ranks, dtype, layout)
     linear_grads(shape, ranks, rng.randint(1, 90), dtype, layout)
-    spatial = [rng.randint(5, 40), rng.randint(5, 40)]
+    spatial = [rng.randint(13, 40), rng.randint(13, 40)]  # as wide as the widest kernel
     channels, outputs, kernel = rng.randint(1, 12), rng.randint(1, 20), [rng.randint(1, 7), rng.randint(1, 7)]
     ranks = [None, rng.randint(1, channels), *(rng.randint(1, min(size, 7)) for size in spatial)]
     geometry = Geometry(
