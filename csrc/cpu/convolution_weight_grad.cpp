@@ -106,25 +106,26 @@ void run_expanded(const Problem& problem, const Tensor& grad_output, const Tenso
 template <typename T>
 void run(const Problem& problem, const Tensor& grad_output, const Tensor& core, const Factors& factors,
          const Geometry& geometry, const Tensor* feature, Tensor& grad_weight) {
-  std::vector<Shifted<T>> shifted;
-  shifted.emplace_back(problem, grad_output, core, factors, geometry, Sizes{});
+  const Shifted<T> whole(problem, grad_output, core, factors, geometry, {});
+  std::optional<Shifted<T>> selected;
   Sizes lengths = first_lengths<T>(problem, core);
   if (!lengths.empty()) {
-    shifted.emplace_back(problem, grad_output, core, factors, geometry, std::move(lengths));
+    selected.emplace(problem, grad_output, core, factors, geometry, std::move(lengths));
   }
-  const Shifted<T>& cheapest = shifted.size() > 1 && shifted[1].cost() < shifted[0].cost() ? shifted[1] : shifted[0];
-  const double least = std::min(cheapest.cost(), expanded_cost<T>(problem));
+  const double whole_cost = whole.cost();
+  const double shifted_cost = selected ? std::min(selected->cost(), whole_cost) : whole_cost;
+  const double expanded = expanded_cost<T>(problem);
   if (Depthwise<T>::fits(problem, factors)) {
     const Depthwise<T> depthwise(problem, grad_output, core, factors, geometry);
-    if (depthwise.cost() < least) {
+    if (depthwise.cost() < std::min(shifted_cost, expanded)) {
       depthwise.run(grad_weight);
       return;
     }
   }
-  if (cheapest.cost() == least) {
-    cheapest.run(feature, grad_weight);
-  } else {
+  if (expanded < shifted_cost) {
     run_expanded<T>(problem, grad_output, core, factors, geometry, feature, grad_weight);
+  } else {
+    (shifted_cost < whole_cost ? *selected : whole).run(feature, grad_weight);
   }
 }
 

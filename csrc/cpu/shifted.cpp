@@ -162,6 +162,8 @@ Shifted<T>::Shifted(const Problem& problem, const Tensor& grad_output, const Ten
   }
   outputs_last_ = grad_.stride(1) == 1 && grad_.size(1) > 1 && !spatial_last;
   samples_last_ = !lengths_.empty() && !outputs_last_ && !batch_;
+  core_sample_ = lengths_.empty() ? problem.rank_count * problem.rank : problem.rank;
+  core_rank_ = lengths_.empty() ? problem.rank : problem.kept * problem.rank;
 
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t columns = problem.tap_count * problem.rank_count;
@@ -299,12 +301,10 @@ void Shifted<T>::add_sums(const T* q, const T* core, int64_t samples, int64_t ou
   const size_t spatial = problem.taps.size();
   const Sizes taps = merged_ ? Sizes{problem.tap_count} : problem.taps;
   const Sizes ranks = merged_ ? Sizes{problem.rank_count} : problem.core_ranks;
-  const int64_t sample_stride = lengths_.empty() ? problem.rank_count * problem.rank : problem.rank;
-  const int64_t rank_stride = lengths_.empty() ? problem.rank : problem.kept * problem.rank;
-  std::vector<Depth> depths{{samples, samples_last_ ? 1 : outputs * columns, sample_stride}};
+  std::vector<Depth> depths{{samples, samples_last_ ? 1 : outputs * columns, core_sample_}};
   Sizes tap_strides(taps.size());
   int64_t q_stride = step;
-  int64_t core_stride = rank_stride;
+  int64_t core_stride = core_rank_;
   std::vector<Depth> inner;
   for (size_t mode = merged_ ? 1 : spatial; mode-- > 0;) {
     inner.insert(inner.begin(), {ranks[mode], q_stride, core_stride});
@@ -321,7 +321,7 @@ void Shifted<T>::add_sums(const T* q, const T* core, int64_t samples, int64_t ou
     }
   } else {
     std::rotate(depths.begin(), depths.begin() + 1, depths.end());
-    depths.insert(depths.end() - 1, {1, step, rank_stride});
+    depths.insert(depths.end() - 1, {1, step, core_rank_});
     if (!accumulate) {
       std::fill_n(sums, outputs * problem.tap_count * problem.sum_channels(), T(0));
     }
@@ -329,9 +329,15 @@ void Shifted<T>::add_sums(const T* q, const T* core, int64_t samples, int64_t ou
   const Depth outer = depths[depths.size() - 2];
   const Depth innermost = depths.back();
   depths.resize(depths.size() - 2);
-  int64_t loops = runs.empty() ? 1 : static_cast<int64_t>(runs.size());
-  for (const Depth& depth : depths) {
-    loops *= runs.empty() ? depth.count : 1;
+  std::vector<Run> loops = runs;
+  if (loops.empty()) {
+    int64_t count = 1;
+    for (const Depth& depth : depths) {
+      count *= depth.count;
+    }
+    for (int64_t loop = 0; loop < count; ++loop) {
+      loops.push_back({loop, outer.count, problem.sum_channels()});
+    }
   }
 
   const SumsLayout sums_layout = layout(outputs);
@@ -351,8 +357,8 @@ void Shifted<T>::add_sums(const T* q, const T* core, int64_t samples, int64_t ou
         tap_offset += rest % taps[mode] * tap_strides[mode];
         rest /= taps[mode];
       }
-      for (int64_t loop = 0; loop < loops; ++loop) {
-        int64_t index = runs.empty() ? loop : runs[loop].first;
+      for (const Run& run : loops) {
+        int64_t index = run.first;
         int64_t q_offset = tap_offset;
         int64_t core_offset = group * problem.group_channels * (problem.channels_expanded ? 1 : 0);
         for (size_t depth = depths.size(); depth-- > 0;) {
@@ -360,13 +366,12 @@ void Shifted<T>::add_sums(const T* q, const T* core, int64_t samples, int64_t ou
           core_offset += index % depths[depth].count * depths[depth].core;
           index /= depths[depth].count;
         }
-        const int64_t filled = runs.empty() ? channels : runs[loop].filled;
         Product<T> p;
-        p.outer_depth = runs.empty() ? outer.count : runs[loop].count;
+        p.outer_depth = run.count;
         p.inner_depth = innermost.count;
-        p.accumulate = accumulate || loop > 0 || !runs.empty();
+        p.accumulate = accumulate || run.first > 0 || !runs.empty();
         if (outputs_last_) {
-          p.rows = filled;
+          p.rows = run.filled;
           p.columns = to - from;
           p.a = core + core_offset;
           p.a_row = 1;
@@ -379,7 +384,7 @@ void Shifted<T>::add_sums(const T* q, const T* core, int64_t samples, int64_t ou
           p.c_row = outputs;
         } else {
           p.rows = (to - from) * joined;
-          p.columns = filled;
+          p.columns = run.filled;
           p.a = q + q_offset + from * columns * (samples_last_ ? samples : 1);
           p.a_row = columns / joined * (samples_last_ ? samples : 1);
           p.a_outer = outer.q;
@@ -402,15 +407,14 @@ template <typename T>
 Tensor Shifted<T>::turned_core() const {
   const int64_t rank = problem_.rank;
   const int64_t ranks = problem_.rank_count;
-  const bool ranks_first = !lengths_.empty();
   Tensor turned = torch::stable::new_empty(core_, {problem_.kept * ranks * rank}, dtype_of<T>);
   const Tensor dense = torch::stable::contiguous(core_);
   parallel_for(0, problem_.kept, 1 + 16384 / (rank * ranks), [&](int64_t begin, int64_t end) {
     for (int64_t entry = begin; entry < end; ++entry) {
       // (rank, ranks) to (ranks, rank)
       const void* from = offset_by(dense.const_data_ptr(), dense.scalar_type(), entry * rank * ranks);
-      T* to = turned.mutable_data_ptr<T>() + entry * rank * (ranks_first ? 1 : ranks);
-      gather(from, dense.scalar_type(), ranks, 1, rank, ranks, to, rank * (ranks_first ? problem_.kept : 1));
+      T* to = turned.mutable_data_ptr<T>() + entry * core_sample_;
+      gather(from, dense.scalar_type(), ranks, 1, rank, ranks, to, core_rank_);
     }
   });
   return turned;
@@ -432,8 +436,7 @@ void Shifted<T>::run(const Tensor* feature, Tensor& grad_weight) const {
   std::vector<Run> filled;
   if (!lengths_.empty()) {
     // The first sample alone told the cost: others may have values where it has zeros.
-    filled = runs(
-        filled_lengths(problem, core.const_data_ptr<T>(), problem.kept, problem.rank, 1, problem.kept * problem.rank));
+    filled = runs(filled_lengths(problem, core.const_data_ptr<T>(), problem.kept, core_sample_, 1, core_rank_));
   }
   parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     std::optional<Chain<T>> whole;
@@ -456,8 +459,8 @@ void Shifted<T>::run(const Tensor* feature, Tensor& grad_weight) const {
         const int64_t offset = sample * grad_.stride(0) + first * grad_.stride(1);
         chain.run(offset_by(grad_.const_data_ptr(), dtype, offset), q.data(), scratch.data());
         const int64_t entry = batch_ ? 0 : sample;
-        add_sums(q.data(), core.const_data_ptr<T>() + entry * problem.rank * (filled.empty() ? problem.rank_count : 1),
-                 batch_ ? problem.kept : samples, outputs, first, sums.data(), sample > 0, filled);
+        add_sums(q.data(), core.const_data_ptr<T>() + entry * core_sample_, batch_ ? problem.kept : samples, outputs,
+                 first, sums.data(), sample > 0, filled);
       }
       expand_channels(problem, sums.data(), layout(outputs), outputs, first, matrix ? &*matrix : nullptr, grad_weight);
     }

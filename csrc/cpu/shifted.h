@@ -69,6 +69,8 @@ class Shifted {
   bool samples_last_;
   int64_t block_;
   int64_t chunk_;
+  int64_t core_sample_;  // strides of turned_core()
+  int64_t core_rank_;
 };
 
 }  // namespace lance

@@ -35,6 +35,8 @@ from lance_kernels.ops.linear import (
 from lance_kernels.ops.tucker import Factors, mode_product
 
 MAX_RANK = 256
+# Rows and columns of the gradient that the second launch takes at once.
+REDUCE_TILES = [Tile(side, side, 4, 2) for side in (64, 32, 16)]
 
 
 @triton.jit
@@ -193,16 +195,6 @@ def tiles_for(way: str, first: int, second: int, outputs: int, tokens: int, item
     )
 
 
-def reduce_tiles_for(second: int) -> list[Tile]:
-    """Tiles of the second launch for a padded rank of the features: rows and columns of the gradient."""
-    return by_preference(
-        [Tile(side, side, 4, 2) for side in (64, 32, 16)],
-        registers=lambda tile: 0.0,
-        shared=lambda tile: 4 * second * 3 * tile.stream,
-        rereads=lambda tile: 0.0,
-    )
-
-
 def linear_weight_grads(
     grad_output: torch.Tensor, core: torch.Tensor, factors: Factors, with_bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -351,7 +343,9 @@ def _launch_reduction(
         )
         return weight_grad, bias_grad
 
-    return launch_fitting("linear_weight_grad, sums", (second,), (dtype, precision, with_bias), reduce_tiles_for, start)
+    return launch_fitting(
+        "linear_weight_grad, sums", (second,), (dtype, precision, with_bias), lambda _: REDUCE_TILES, start
+    )
 
 
 def linear_weight_grad(grad_output: torch.Tensor, core: torch.Tensor, factors: Factors) -> torch.Tensor:
