@@ -57,4 +57,5 @@ def test_source_compiles_for_ampere_and_hopper(source, tmp_path):
     code = subprocess.run([TOOLS / "cuobjdump", "-sass", compiled], capture_output=True, text=True, check=True).stdout
     for capability in (80, 90):
         assert f"sm_{capability}" in code
-    assert "HMMA.16816.F32.BF16" in code
+    for instruction in ("HMMA.16816.F32.BF16", "DMMA", "LDGSTS.E.BYPASS.128"):  # matrix units, copies of 16 bytes
+        assert instruction in code
