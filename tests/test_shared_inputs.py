@@ -187,3 +187,22 @@ def test_compiled_code_holds_one_core_too():
     }
     assert compiled["shared"] <= lance.held_bytes(model, x)
     assert compiled["shared"] < compiled["separate"]
+
+
+def test_input_in_memory_that_someone_else_writes():
+    buffer = torch.randn(16, SIZE).numpy()
+    x = torch.from_numpy(buffer)
+    model, found = prepared(Heads(), x)
+    model.forward = lambda x: model.query(x) + 2 * model.key(x)
+    for name in ("query", "key"):
+        layer = model.get_submodule(name)
+        layer.set_factors(found.layers["query"].eigenvectors)
+        layer.lance_core_bits = 0
+    lance.state.share_factors(model, {"key": "query"})
+    for _ in range(2):
+        buffer[...] = torch.randn(16, SIZE).numpy()
+        model.zero_grad()
+        with Projections() as projections:
+            model(x).sum().backward()
+        assert projections.calls == 1
+        torch.testing.assert_close(model.key.weight.grad, 2 * x.sum(0).expand(SIZE, SIZE))

@@ -29,7 +29,7 @@ class _Convolution(CompressedLayer, nn.modules.conv._ConvNd):
         x = input if batched else input.unsqueeze(0)
         numbers = (self.stride, self.lance_padding(), self.dilation, self.groups)
         bits, kept, shared = self.lance_core_bits, self.lance_lengths_for(factors), self.lance_shared(input)
-        core = None if shared is None else shared.find(input, factors, bits)
+        core = None if shared is None else shared.find(self, input, factors, bits)
         if core is not None:
             y = torch.ops.lance.convolution_given_core(
                 x, self.weight, self.bias, *numbers, core, factors, bits, self.padding_mode, *kept
@@ -39,7 +39,7 @@ class _Convolution(CompressedLayer, nn.modules.conv._ConvNd):
                 x, self.weight, self.bias, *numbers, factors, bits, self.padding_mode, *kept
             )
             if shared is not None:
-                shared.store(input, factors, bits, core)
+                shared.store(self, input, factors, bits, core)
         return y if batched else y.squeeze(0)
 
     def lance_padding(self) -> list[int]:

@@ -28,14 +28,14 @@ class Linear(CompressedLayer, nn.Linear):
         if factors is None:
             return super().forward(input)
         bits, kept, shared = self.lance_core_bits, self.lance_lengths_for(factors), self.lance_shared(input)
-        core = None if shared is None else shared.find(input, factors, bits)
+        core = None if shared is None else shared.find(self, input, factors, bits)
         y: torch.Tensor
         if core is not None:
             y = torch.ops.lance.linear_given_core(input, self.weight, self.bias, core, factors, bits, *kept)
             return y
         y, core = torch.ops.lance.linear(input, self.weight, self.bias, factors, bits, *kept)
         if shared is not None:
-            shared.store(input, factors, bits, core)
+            shared.store(self, input, factors, bits, core)
         return y
 
     def lance_weight_grad_flops(

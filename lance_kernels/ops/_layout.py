@@ -21,7 +21,8 @@ def memory_order(x: torch.Tensor) -> list[int]:
         return [0, 2, 3, 1]
     if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
         return [0, 2, 3, 4, 1]
-    strides = x.stride()
+    # Where modes are expanded, the order of what elementwise operators of PyTorch give.
+    strides = x.stride() if 0 not in x.stride() else torch.empty_like(x, device="meta").stride()
     return sorted(range(x.dim()), key=lambda dim: -strides[dim])
 
 

@@ -134,6 +134,11 @@ def autocast_arguments(*tensors: torch.Tensor | None) -> list[Any]:
     return [t if t is None or not t.is_floating_point() or t.dtype in keep else t.to(dtype) for t in tensors]
 
 
+def writable(output: torch.Tensor) -> torch.Tensor:
+    """An autograd Function's output that may be changed in place, which autograd refuses where it is a view."""
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
+
+
 def once_differentiable(name: str) -> Callable[[Kernel], Kernel]:
     """Decorates an `autograd.Function`'s backward: a second backward pass through it raises.
 

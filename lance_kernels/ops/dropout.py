@@ -9,7 +9,14 @@ import torch
 
 from lance_kernels.ops._checks import check, check_floating
 from lance_kernels.ops._layout import check_order, empty_in_order, from_order, in_order, memory_order
-from lance_kernels.ops._registry import apply, below_autograd, define, not_differentiable, once_differentiable
+from lance_kernels.ops._registry import (
+    apply,
+    below_autograd,
+    define,
+    not_differentiable,
+    once_differentiable,
+    writable,
+)
 from lance_kernels.ops.mask import check_mask, pack_bits, unpack_bits
 
 
@@ -91,7 +98,7 @@ class _Dropout(torch.autograd.Function):
             y, mask = torch.ops.lance.dropout_mask(x, p, order)
         ctx.save_for_backward(mask)
         ctx.order, ctx.p = order, p
-        return y
+        return writable(y)
 
     @staticmethod
     @once_differentiable("dropout")

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from lance_kernels.ops._checks import check, factors_require_grad
-from lance_kernels.ops._registry import apply, autocast_arguments, define, without_autocast
+from lance_kernels.ops._registry import apply, autocast_arguments, define, without_autocast, writable
 from lance_kernels.ops.convolution import Geometry, _Convolution, _product, product_flops, split_numbers
 from lance_kernels.ops.linear import _check_linear, _Linear, _linear_flops, check_lengths, core_size, kept_size
 from lance_kernels.ops.pack_core import check_bits, packed_bytes
@@ -182,7 +182,7 @@ class _LinearGivenCore(torch.autograd.Function):
         ctx.save_for_backward(core if needs_weight else None, weight if needs_x else None, core_lengths, *factors)
         ctx.core_bits, ctx.core_count, ctx.core_size, ctx.dtype = core_bits, core_count, core_size(x, factors), x.dtype
         ctx.set_materialize_grads(False)
-        return y
+        return writable(y)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

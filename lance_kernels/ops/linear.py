@@ -23,6 +23,7 @@ from lance_kernels.ops._registry import (
     once_differentiable,
     register_triton,
     without_autocast,
+    writable,
 )
 from lance_kernels.ops.pack_core import packed_bytes
 from lance_kernels.ops.tucker import Factors, mode_product, mode_product_flops, ranks_of
@@ -245,7 +246,7 @@ class _Linear(torch.autograd.Function):
         ctx.core_bits, ctx.core_count, ctx.core_size, ctx.dtype = core_bits, core_count, core_size(x, factors), x.dtype
         ctx.mark_non_differentiable(core)
         ctx.set_materialize_grads(False)
-        return y, core
+        return writable(y), core
 
     @staticmethod
     @once_differentiable("linear")
@@ -261,7 +262,9 @@ class _Linear(torch.autograd.Function):
                 expanding = kept_factors(factors, ctx.dtype, expand=True)
                 grad_weight = torch.ops.lance.linear_weight_grad(grad_output, core, expanding)
             if needs_bias:
-                grad_bias = grad_output.flatten(0, -2).sum(dim=0) if grad_output.dim() > 1 else grad_output
+                grad_bias = (
+                    grad_output.sum(dim=list(range(grad_output.dim() - 1))) if grad_output.dim() > 1 else grad_output
+                )
         return grad_x, grad_weight, grad_bias, None, None, None, *[None] * len(factors)
 
 

@@ -30,6 +30,15 @@ def test_holds_one_bit_an_element():
     assert held_bytes(lambda: dropout(x, 0.5)) == (50 * 30 + 7) // 8
 
 
+def test_output_may_be_changed_in_place():
+    x = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    y = dropout(x, 0.5)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    y += 1
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, y.detach() - 1)
+
+
 def test_refusals():
     with pytest.raises(RuntimeError, match=r"p is 1\.0"):
         dropout(torch.randn(3), 1.0)

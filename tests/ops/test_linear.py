@@ -190,6 +190,30 @@ def test_weight_and_bias_grad_in_one_call(shape):
     opcheck(torch.ops.lance.linear_weight_bias_grad.default, (grad_output, core, factors))
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_output_may_be_changed_in_place(given):
+    x, weight, bias = torch.randn(3, 4, 6), torch.randn(5, 6, requires_grad=True), torch.randn(5)
+    factors = [None, None, orthonormal(6, 2)]
+    if given:
+        y = torch.ops.lance.linear_given_core(x, weight, bias, tucker_project(x, factors), factors)
+    else:
+        y, _ = linear(x, weight, bias, factors)
+    expected = y.detach().relu().sum()
+    assert y.relu_().sum() == expected
+    y.sum().backward()
+    assert weight.grad is not None
+
+
+def test_batched_gradients():
+    x, weight, bias = torch.randn(2, 3, 4), torch.randn(2, 4, requires_grad=True), torch.zeros(2, requires_grad=True)
+    y, _ = linear(x, weight, bias, [None, None, orthonormal(4, 2)])
+    directions = torch.randn(3, *y.shape)
+    batched = torch.autograd.grad(y, [weight, bias], directions, is_grads_batched=True, retain_graph=True)
+    for i, direction in enumerate(directions):
+        for one, all_of_them in zip(torch.autograd.grad(y, [weight, bias], direction, retain_graph=True), batched):
+            torch.testing.assert_close(all_of_them[i], one)
+
+
 def test_refusals():
     x, weight = torch.randn(4, 6), torch.randn(3, 6)
     with pytest.raises(RuntimeError, match=r"weight has shape \(3, 5\); expected \(O, D\)"):

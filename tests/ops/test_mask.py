@@ -138,6 +138,14 @@ def test_opcheck(layout):
     opcheck(lance.masked_activation_grad, (x, mask, 0.1, order))
 
 
+@pytest.mark.parametrize("shape", [(4, 1, 8, 8), (1, 6, 8, 1), (4, 6, 1, 1), (1, 1, 1, 1)])
+def test_strides_of_expanded_inputs(shape):
+    x = torch.randn(shape).expand(4, 6, 8, 8).requires_grad_()
+    assert relu(x).stride() == torch.relu(x).stride()
+    x = torch.randn(shape).permute(0, 2, 3, 1).expand(4, 8, 8, 6).requires_grad_()
+    assert relu(x).stride() == torch.relu(x).stride()
+
+
 def test_refusals():
     x = torch.randn(2, 3)
     with pytest.raises(RuntimeError, match=r"order is \[0, 0\]"):
