@@ -24,7 +24,8 @@ class Linear(CompressedLayer, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input @ weight^T + bias` for `input` of shape `(..., in_features)`."""
-        factors = self.lance_factors_for(input.shape) if self.lance_keeps_core() else None
+        # A nested tensor has no one length for a factor to fit.
+        factors = self.lance_factors_for(input.shape) if not input.is_nested and self.lance_keeps_core() else None
         if factors is None:
             return super().forward(input)
         bits, kept, shared = self.lance_core_bits, self.lance_lengths_for(factors), self.lance_shared(input)

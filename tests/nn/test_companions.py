@@ -491,3 +491,14 @@ def test_function_transforms_and_subclasses_fall_back(mixed):
 
     grads = torch.func.grad(loss)(parameters, X)
     assert grads["conv.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("module", [nn.AdaptiveAvgPool3d(2), nn.MaxPool3d(2), nn.AvgPool3d(2)])
+def test_autocast_of_3d_pooling(module):
+    x = torch.randn(2, 3, 4, 4, 4).bfloat16().requires_grad_()
+    model = nn.Sequential(copy.deepcopy(module))
+    apply_companions(model, "exact")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, actual = module(x), model(x)
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual, expected)

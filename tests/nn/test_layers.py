@@ -202,3 +202,12 @@ def test_can_be_built_directly():
     assert "not calibrated" in repr(layer)
     full_rank(layer, torch.zeros(1, 3, 8, 8))
     assert "factors=(keep, 3->3, 8->8, 8->8)" in repr(layer)
+
+
+def test_nested_tensors_train_as_in_the_plain_layer():
+    layer = nn.Linear(8, 3)
+    lance.compress_(layer)
+    lance.calibrate(layer, [torch.randn(50, 3) @ torch.randn(3, 8)], progress=False)
+    rows = [torch.randn(3, 8), torch.randn(5, 8)]
+    layer(torch.nested.nested_tensor(rows, layout=torch.jagged)).values().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, torch.cat(rows).sum(0).expand(3, 8))

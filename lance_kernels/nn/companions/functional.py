@@ -98,6 +98,12 @@ def _numbers(value: Size | None, spatial: int, default: Size = 0) -> list[int]:
     return list(value) * spatial if len(value) == 1 else list(value)
 
 
+def _cast_of_3d_pooling(spatial: int, input: torch.Tensor) -> torch.Tensor:
+    """The input as autocast hands it to 3-D max and adaptive pooling: float32 on the CPU, unchanged elsewhere."""
+    wide = spatial == 3 and input.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return input.float() if wide and input.dtype in (torch.float16, torch.bfloat16) else input
+
+
 def _max_pool(
     spatial: int,
     plain: Any,
@@ -116,6 +122,7 @@ def _max_pool(
     if return_indices or window > ops.MAX_WINDOW or not takes(input) or input.dim() not in (spatial + 1, spatial + 2):
         return plain(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     steps, pads, gaps = _numbers(stride, spatial, kernel), _numbers(padding, spatial), _numbers(dilation, spatial)
+    input = _cast_of_3d_pooling(spatial, input)
     if spatial > 1:
         return ops.max_pool(input, kernel, steps, pads, gaps, ceil_mode)
     return ops.max_pool(input.unsqueeze(-2), [1, *kernel], [1, *steps], [0, *pads], [1, *gaps], ceil_mode).squeeze(-2)
@@ -192,6 +199,7 @@ def _adaptive_avg_pool(spatial: int, plain: Any, input: torch.Tensor, output_siz
         y: torch.Tensor = plain(input, output_size)
         return y
     sizes = [whole if size is None else size for size, whole in zip(sizes, input.shape[-spatial:])]
+    input = _cast_of_3d_pooling(spatial, input)
     if spatial > 1:
         return ops.adaptive_avg_pool(input, sizes)
     return ops.adaptive_avg_pool(input.unsqueeze(-2), [1, *sizes]).squeeze(-2)
