@@ -108,7 +108,8 @@ oldest:
 	$(MAKE) -C build/oldest test TORCHVISION=torchvision==0.26.0 VENV=.venv
 
 # On a machine with a GPU, in the system's own Python where its PyTorch sees one (nothing is installed there), else in the
-# virtual environment: builds, runs the tests of the device, measures; every stage has its own time. GPU_ARGS goes to
+# virtual environment: builds, runs the tests of the device, measures; every stage has its own time, at whose end it is
+# interrupted and says how far it came. GPU_ARGS goes to
 # `python -m benchmarks.gpu`, as in GPU_ARGS="--case 'projection*'" or GPU_ARGS=--models.
 GPU_ARGS ?=
 GPU_JOBS ?= 8
@@ -118,9 +119,9 @@ gpu:
 	$$py -c "import torch; assert torch.cuda.is_available(), 'no GPU that this PyTorch can use'" || exit 1; \
 	status=0; export PYTHONPATH=.; test="$$py -m pytest -q -o addopts= -p no:cacheprovider --confcutdir=tests/gpu tests/gpu"; \
 	stage() { limit=$$1; shift; echo "== $$*"; \
-		timeout $$limit "$$@" || { status=1; echo "== failed, or longer than its $$limit s: $$*" >&2; }; }; \
+		timeout -s INT -k 10 $$limit "$$@" || { status=1; echo "== failed, or longer than its $$limit s: $$*" >&2; }; }; \
 	stage 60 env LANCE_REQUIRE_EXT=1 $$py setup.py -q build_ext --inplace; \
-	stage 120 $$test -n $(GPU_JOBS); \
+	stage 120 env OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $$test -rf --tb=short -n $(GPU_JOBS); \
 	if command -v compute-sanitizer >/dev/null; then \
 		stage 60 compute-sanitizer --error-exitcode 9 $$test -k "mode_grams and contiguous and dtype0"; fi; \
 	stage 230 $$py -m benchmarks.gpu $(GPU_ARGS); \

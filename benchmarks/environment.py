@@ -31,7 +31,7 @@ class Environment:
         python: version of Python.
         lance: version of `lance_kernels`.
         kernels: `reference`, or the instruction set for which the compiled kernels ran.
-        commit: hash of the checked-out commit, `unknown` outside a checkout.
+        commit: hash of the checked-out commit; outside a checkout what LANCE_COMMIT says, else `unknown`.
         dirty: whether measured files differed from that commit.
     """
 
@@ -95,7 +95,7 @@ def code_state() -> tuple[str, str]:
         changed = _git("status", "--porcelain", "--", *MEASURED_PATHS)
         difference = _git("diff", "HEAD", "--", *MEASURED_PATHS)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown", ""
+        return os.environ.get("LANCE_COMMIT", "unknown"), ""
     return commit, hashlib.sha256((changed + difference).encode()).hexdigest() if changed else ""
 
 

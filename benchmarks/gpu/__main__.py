@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         _common.FORCED[kernel] = _common.Tile(*map(int, numbers.split(",")))
     here = environment.current(options.device)
     path = options.output or _results_path(here.hardware, options.quick)
+    torch.backends.cudnn.benchmark = True  # the dense layers' fastest algorithms
     failed = _measure(names, options, here, path)
     _show(path, names)
     for (kernel, shape), tile in _common.CHOSEN.items():
@@ -82,13 +83,14 @@ def _measure(names: list[str], options: argparse.Namespace, here: environment.En
         torch.manual_seed(0)
         try:
             rows[name] = SUITE.cases[name](Context(SUITE.name, name, here, quick=options.quick, device=options.device))
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # Triton's are no RuntimeErrors
             failed.append(name)
-            print(f"FAILED {name}: {error}", file=sys.stderr)
+            print(f"FAILED {name}: {type(error).__name__}: {error}", file=sys.stderr)
+            if isinstance(error, torch.AcceleratorError):
+                break  # nothing runs on the device any more
             continue
-        finally:
-            if options.device == "cuda":
-                torch.cuda.empty_cache()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
         Results(SUITE.name, SUITE.command, [row for case in SUITE.cases for row in rows.get(case, [])]).write(path)
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
     return failed

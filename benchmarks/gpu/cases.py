@@ -96,13 +96,9 @@ def projection(layer: Layer, share: float, channels_last: bool, context: Context
     layer, copies = _copies(layer, context, channels_last)
     methods: dict[str, layers.Step] = {
         OURS: DeviceTensors.project,
-        PUBLISHED: lambda tensors: replace(tensors, factors=_narrow(tensors)).published_project(),
+        PUBLISHED: DeviceTensors.published_project,
     }
     return _time(context, methods, copies, floor=shapes.projection_floor(layer, 2), share=share)
-
-
-def _narrow(tensors: DeviceTensors) -> list[torch.Tensor | None]:
-    return [None if factor is None else factor.to(BF16) for factor in tensors.factors]
 
 
 def linear_weight_grad(layer: Layer, share: float, context: Context) -> list[Row]:
@@ -172,14 +168,17 @@ def accuracy(layer: Layer, context: Context) -> list[Row]:
         factors=[None if factor is None else factor.double() for factor in tensors.factors],
     )
     single = replace(wide, grad=tensors.grad.float(), x=tensors.x.float(), factors=tensors.factors)
+    allowed, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "ieee"
+    unfused_core, unfused_grad = single.published_project(), layer.published_weight_grad(single, core.float())
+    torch.backends.cuda.matmul.fp32_precision = allowed
     values = {}
     for name, ours, exact, unfused in (
-        ("projection", core, wide.project(), single.project().to(BF16)),
+        ("projection", core, wide.project(), unfused_core.to(BF16)),
         (
             "weight gradient",
             layer.weight_grad(tensors, core),
             layer.weight_grad(wide, core.double()),
-            layer.weight_grad(single, core.float()).to(BF16),
+            unfused_grad.to(BF16),
         ),
     ):
         error, other = ((result.double() - exact).norm() for result in (ours, unfused))

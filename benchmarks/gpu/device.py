@@ -13,7 +13,7 @@ import torch
 Inputs = TypeVar("Inputs")
 
 CACHE_BYTES = 128 * 2**20  # more than twice the L2 cache of an H100
-SHORT = 1e-3  # seconds under which launching would be timed too, but for a graph
+SHORT = 5e-3  # seconds under which launching would be timed too, but for a graph
 
 
 def copies_for(input_bytes: int) -> int:
@@ -40,14 +40,14 @@ def measure(
         rounds: most rounds.
         seconds: time after which no further round starts; three are always measured.
         seed: seed of the order within the rounds.
-        graphs: whether short methods may be captured in a CUDA graph.
+        graphs: whether methods may be captured in CUDA graphs, all where one is short, else none.
 
     Returns:
         Seconds a call, one value a round, by name. Values at the same index belong to the same round.
     """
     if not copies:
         raise ValueError("copies is empty; expected at least one copy of the inputs")
-    timers = {name: _timer(method, copies, device, graphs) for name, method in methods.items()}
+    timers = _timers(methods, copies, device, graphs)
     samples: dict[str, list[float]] = {name: [] for name in methods}
     order, shuffle = list(methods), random.Random(seed).shuffle
     start = time.perf_counter()
@@ -60,33 +60,46 @@ def measure(
     return samples
 
 
-def _timer(
-    method: Callable[[Inputs], object], copies: Sequence[Inputs], device: str, graphs: bool
-) -> Callable[[], float]:
-    def run() -> None:
-        for copy in copies:
-            method(copy)
+def _timers(
+    methods: Mapping[str, Callable[[Inputs], object]], copies: Sequence[Inputs], device: str, graphs: bool
+) -> dict[str, Callable[[], float]]:
+    def over_copies(method: Callable[[Inputs], object]) -> Callable[[], None]:
+        def run() -> None:
+            for copy in copies:
+                method(copy)
 
+        return run
+
+    runs = {name: over_copies(method) for name, method in methods.items()}
     if device == "cpu":
-        return lambda: _clock(run) / len(copies)
-    # Compilation, caches and the allocator are warm before anything is timed or captured.
+        return {name: lambda run=run: _clock(run) / len(copies) for name, run in runs.items()}  # type: ignore[misc]
+    once = {name: _warm_time(run) / len(copies) for name, run in runs.items()}
+    if not graphs or min(once.values()) >= SHORT:
+        return {name: lambda run=run: _events(run) / len(copies) for name, run in runs.items()}  # type: ignore[misc]
+    return {name: _captured(run, len(copies), once[name]) for name, run in runs.items()}
+
+
+def _warm_time(run: Callable[[], None]) -> float:
+    """Seconds of a run when compilation, caches and the allocator are warm, on this stream and for a capture."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(side)
+    run()
     torch.cuda.synchronize()
-    once = _events(run) / len(copies)
-    repeats = max(1, math.ceil(5e-4 / max(once * len(copies), 1e-7)))
-    if graphs and once < SHORT:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(repeats):
-                run()
-        graph.replay()
-        return lambda: _events(graph.replay) / (repeats * len(copies))
-    return lambda: _events(run) / len(copies)
+    return _events(run)
+
+
+def _captured(run: Callable[[], None], copies: int, once: float) -> Callable[[], float]:
+    repeats = max(1, math.ceil(5e-4 / max(once * copies, 1e-7)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            run()
+    graph.replay()
+    return lambda: _events(graph.replay) / (repeats * copies)
 
 
 def _clock(run: Callable[[], object]) -> float:

@@ -34,10 +34,6 @@ class PublishedLinear(torch.autograd.Function):
         return grad @ weight, grad_weight, grad.sum((0, 1)), *[None] * len(factors)
 
 
-def _narrow_factors(tensors: DeviceTensors) -> list[torch.Tensor]:
-    return [factor.to(tensors.x.dtype) for factor in tensors.kept_factors]
-
-
 def dense(layer: Layer) -> Step:
     """PyTorch's own layer."""
 
@@ -65,7 +61,7 @@ def ours(layer: Layer) -> Step:
 
 def published_linear(tensors: DeviceTensors) -> torch.Tensor:
     """The published layer."""
-    y: torch.Tensor = PublishedLinear.apply(tensors.x, tensors.weight, tensors.bias, *_narrow_factors(tensors))
+    y: torch.Tensor = PublishedLinear.apply(tensors.x, tensors.weight, tensors.bias, *tensors.narrow_factors)
     return y
 
 
@@ -85,13 +81,13 @@ def trainable(tensors: DeviceTensors) -> DeviceTensors:
 
 
 def dense_weight_grad(layer: Convolution) -> Step:
-    """The library's weight and bias gradients alone."""
+    """The library's weight gradient alone."""
 
     def run(tensors: DeviceTensors) -> object:
         stride, padding, dilation, groups = layer.geometry
         return torch.ops.aten.convolution_backward(
-            tensors.grad, tensors.x, tensors.weight, [layer.out_channels], stride, padding, dilation, False, [0, 0],
-            groups, [False, True, True],
+            tensors.grad, tensors.x, tensors.weight, None, stride, padding, dilation, False, [0, 0], groups,
+            [False, True, False],
         )  # fmt: skip
 
     return run

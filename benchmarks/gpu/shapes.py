@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
+from benchmarks import published
 from benchmarks.layers import Convolution, Layer, Linear, Tensors
 
 BANDWIDTH, RATE = 3.0e12, 798e12  # an H100's, measured: bytes copied, and operations of an 8192^3 bfloat16 product
@@ -30,6 +32,15 @@ class DeviceTensors(Tensors):
     """
 
     bias: torch.Tensor
+
+    @cached_property
+    def narrow_factors(self) -> list[torch.Tensor]:
+        """The factors of compressed modes in the dtype of `x`, as the published layer multiplies with them."""
+        return [factor.to(self.x.dtype) for factor in self.kept_factors]
+
+    def published_project(self) -> torch.Tensor:
+        """The core of `x`, by the published layer's products."""
+        return published.project(self.x, self.narrow_factors)
 
 
 def small(layer: Layer) -> Layer:

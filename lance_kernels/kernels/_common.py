@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -180,7 +181,7 @@ def splits_for(programs: int, tiles: int, partial_bytes: int, streamed_bytes: in
         partial_bytes: bytes of one set of partial sums.
         streamed_bytes: bytes of the streamed tensor.
     """
-    wanted = min(tiles, -(-PROGRAMS // max(programs, 1)) if 3 * programs < PROGRAMS else 1)
+    wanted = min(tiles, PROGRAMS // max(programs, 1) if 3 * programs < PROGRAMS else 1)
     bound = max(WORKSPACE_BYTES, int(WORKSPACE_SHARE * streamed_bytes)) // max(partial_bytes, 1)
     return max(1, min(wanted, bound))
 
@@ -224,8 +225,28 @@ def prepared(
     elif entry is None or not fresh:
         references = tuple(weakref.ref(source, lambda _: _PREPARED.pop(key, None)) for source in sources)
         captured = [] if entry is None else entry.captured
-        entry = _PREPARED[key] = _Entry(references, versions, make(), captured)
+        entry = _PREPARED[key] = _Entry(references, versions, outside_pools(make, sources[0].device), captured)
     return entry.result
+
+
+def outside_pools(make: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """What `make` makes, in memory that outlives the caller's pool, and there for every stream.
+
+    Compiled models that run as CUDA graphs warm up with all allocations of their thread in a pool that must be empty
+    afterwards: another thread's allocations are not in it.
+    """
+    if device.type != "cuda":
+        return make()
+    stream = torch.cuda.current_stream(device)
+
+    def run() -> torch.Tensor:
+        with torch.no_grad(), torch.cuda.stream(stream):
+            made = make()
+        stream.synchronize()
+        return made
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
 
 
 def _capturing(tensor: torch.Tensor) -> bool:

@@ -29,6 +29,7 @@ from lance_kernels.kernels._common import (
     splits_for,
     stages_for,
 )
+from lance_kernels.kernels._reduction import reduce_and_expand
 from lance_kernels.ops._padding import pad_pairs, padded_rows, shifted_factor
 from lance_kernels.ops.convolution import Geometry, output_size
 from lance_kernels.ops.convolution_weight_grad import (
@@ -216,7 +217,8 @@ def shifted_sums(
         geometry: the convolution's.
 
     Returns:
-        `(O, channels, kernel height, kernel width)`, float32; None where the GPU has no room for the kernel.
+        Partial sums, float32, `(splits, O, kernel height, kernel width, channels)` with the last three padded; None
+        where the GPU has no room for the kernel.
     """
     taps = (weight_size[2], weight_size[3])
     shape = Shape(
@@ -281,8 +283,12 @@ def shifted_sums(
     parts = launch_fitting("convolution_weight_grad", shape, variant, tiles_for, start)
     if parts is None:
         return None
-    total = parts.sum(0).reshape(shape.outputs, taps_h, taps_w, channels)
-    return total[:, : taps[0], : taps[1], : shape.channels].permute(0, 3, 1, 2)
+    return parts.view(-1, shape.outputs, taps_h, taps_w, channels)
+
+
+def added_up(parts: torch.Tensor, taps: tuple[int, int], channels: int) -> torch.Tensor:
+    """What `shifted_sums` returned, summed and without padding, `(O, channels, kernel height, kernel width)`."""
+    return parts.sum(0)[:, : taps[0], : taps[1], :channels].permute(0, 3, 1, 2)
 
 
 def _padded_shift(
@@ -384,10 +390,17 @@ def convolution_weight_grad(
     shapes = tuple(None if shape is None else (shape[0], shape[1]) for shape in _shapes([None, *factors[1:]]))
     cost = costs(tuple(kept.shape), shapes, tuple(weight_size), _hashable(geometry), grad_output.element_size())
     thin = [weight_size[0], kept.shape[1], *weight_size[2:]]
-    product = None
+    parts = None
     if cost.shifted < cost.expanded:
-        product = shifted_sums(grad_output, kept, given, weight_size, geometry)
-    if product is None:
+        parts = shifted_sums(grad_output, kept, given, weight_size, geometry)
+    if parts is not None:
+        taps = (weight_size[2], weight_size[3])
+        if feature is not None and groups == 1:
+            grads = reduce_and_expand(parts, feature, grad_output.dtype, taps=taps)
+            if grads is not None:
+                return grads[0]
+        product = added_up(parts, taps, kept.shape[1])
+    else:
         image = kept.float()
         for mode, factor in enumerate(spatial, start=2):
             image = image if factor is None else mode_product(image, factor.float(), mode)

@@ -26,6 +26,7 @@ from lance_kernels.kernels._common import (
     splits_for,
     stages_for,
 )
+from lance_kernels.kernels._reduction import reduce_and_expand
 from lance_kernels.ops.linear import (
     _check_weight_grad,
     _weight_bias_grad_reference,
@@ -35,8 +36,6 @@ from lance_kernels.ops.linear import (
 from lance_kernels.ops.tucker import Factors, mode_product
 
 MAX_RANK = 256
-# Rows and columns of the gradient that the second launch takes at once.
-REDUCE_TILES = [Tile(side, side, 4, 2) for side in (64, 32, 16)]
 
 
 @triton.jit
@@ -123,48 +122,6 @@ def weight_grad_kernel(
         tl.store(bias_parts + row, tl.max(bias, axis=1), mask=inside)
 
 
-@triton.jit
-def reduce_kernel(
-    parts,  # (splits, outputs, D)
-    bias_parts,  # (splits, outputs)
-    factor,  # (features, D) float32
-    weight_grad,  # (outputs, features)
-    bias_grad,  # (outputs,)
-    outputs,
-    features,
-    splits,
-    shares,
-    BIAS: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`weight_grad = (sum of parts) factor^T`, and the bias gradient's sum."""
-    tile, share = tl.program_id(0) // shares, tl.program_id(0) % shares
-    o = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # (ROWS,)
-    inside = o < outputs
-    d = tl.arange(0, D)
-    total = tl.zeros((ROWS, D), dtype=tl.float32)
-    for split in range(0, splits):
-        places = parts + ((o + split * outputs) * D)[:, None] + d[None, :]
-        total += tl.load(places, mask=inside[:, None], other=0.0)
-    if BIAS:  # noqa: SIM102 - known when compiling, unlike the next
-        if share == 0:
-            bias = tl.zeros((ROWS,), dtype=tl.float32)
-            for split in range(0, splits):
-                bias += tl.load(bias_parts + o + split * outputs, mask=inside, other=0.0)
-            tl.store(bias_grad + o, bias.to(bias_grad.dtype.element_ty), mask=inside)
-    tiles = tl.cdiv(features, COLUMNS)
-    size = tl.cdiv(tiles, shares)
-    for column in range(share * size, tl.minimum((share + 1) * size, tiles)):
-        c = (column * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)  # (COLUMNS,)
-        rows = tl.load(factor + c[:, None] * D + d[None, :], mask=(c < features)[:, None], other=0.0)  # (COLUMNS, D)
-        product = tl.dot(total, tl.trans(rows), input_precision=PRECISION)  # (ROWS, COLUMNS)
-        places = weight_grad + o[:, None] * features + c[None, :]
-        tl.store(places, product.to(weight_grad.dtype.element_ty), mask=inside[:, None] & (c < features)[None, :])
-
-
 def tiles_for(way: str, first: int, second: int, outputs: int, tokens: int, itemsize: int) -> list[Tile]:
     """Tiles of the first launch for padded ranks of the tokens and the features."""
     terms = min(128 // itemsize, power_of_two(tokens))
@@ -234,7 +191,7 @@ def linear_weight_grads(
     if feature is None:
         bias_grad = bias_sums.sum(0).to(grad.dtype) if with_bias else None
         return sums.sum(0)[:, :feature_rank].to(grad.dtype).contiguous(), bias_grad
-    return _launch_reduction(sums, bias_sums, feature, grad.dtype, with_bias)
+    return reduce_and_expand(sums, feature, grad.dtype, bias_sums if with_bias else None)
 
 
 def _launch_parts(
@@ -309,43 +266,6 @@ def _launch_parts(
     variant = (grad.dtype, precision, unit, with_bias)
     shape = (first, second, outputs, tokens, itemsize)
     return launch_fitting(f"linear_weight_grad, {way}", shape, variant, functools.partial(tiles_for, way), start)
-
-
-def _launch_reduction(
-    parts: torch.Tensor, bias_parts: torch.Tensor, feature: torch.Tensor, dtype: torch.dtype, with_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """The second launch, for a feature factor `(D, rank)`; None where the GPU has no room for its kernel."""
-    splits, outputs, second = parts.shape
-    features, precision = feature.shape[0], matmul_precision(dtype)
-    weight_grad = parts.new_empty((outputs, features), dtype=dtype)
-    bias_grad = parts.new_empty(outputs, dtype=dtype) if with_bias else None
-
-    def start(tile: Tile) -> tuple[torch.Tensor, torch.Tensor | None]:
-        row_tiles = triton.cdiv(outputs, tile.stream)
-        shares = max(1, min(triton.cdiv(features, tile.sum), 256 // row_tiles))
-        reduce_kernel[(row_tiles * shares,)](
-            parts,
-            bias_parts,
-            kronecker([feature], torch.float32, second),
-            weight_grad,
-            bias_parts if bias_grad is None else bias_grad,
-            outputs,
-            features,
-            splits,
-            shares,
-            BIAS=with_bias,
-            D=second,
-            ROWS=tile.stream,
-            COLUMNS=tile.sum,
-            PRECISION=precision,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-        return weight_grad, bias_grad
-
-    return launch_fitting(
-        "linear_weight_grad, sums", (second,), (dtype, precision, with_bias), lambda _: REDUCE_TILES, start
-    )
 
 
 def linear_weight_grad(grad_output: torch.Tensor, core: torch.Tensor, factors: Factors) -> torch.Tensor:

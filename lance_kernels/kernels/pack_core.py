@@ -180,7 +180,7 @@ def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
     dense = dense.float() if dense.dtype == torch.float64 else dense
     padded = triton.next_power_of_2(form.group)
     magnitudes_kernel[grid](dense, magnitudes, count, BITS=bits, GROUPS=GROUPS, GROUP=form.group, PADDED=padded)
-    base = torch.where(magnitudes.isfinite(), magnitudes, 0.0).amax().view(1)
+    base = magnitudes.nan_to_num(nan=0.0, posinf=0.0).amax().view(1)
     head, codes, scales = buffer_parts(packed, count, bits)
     head.copy_(base.view(torch.uint8))
     pack_kernel[grid](

@@ -43,7 +43,8 @@ def define(
         autocast: kernel of the `AutocastCPU` and `AutocastCUDA` keys; it calls the operator again under
             `without_autocast()`.
         flops: floating point operations from the shapes of the arguments, as `torch.utils.flop_counter` wants them.
-        tags: tags beside `pt2_compliant_tag`, such as `nondeterministic_seeded`.
+        tags: tags beside `pt2_compliant_tag`, such as `nondeterministic_seeded`; `flexible_layout` for operators that
+            take any strides and give contiguous results, which a compiler need not copy arguments for.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))

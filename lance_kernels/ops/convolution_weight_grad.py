@@ -246,5 +246,6 @@ define(
     fake=_fake,
     autograd=not_differentiable("convolution_weight_grad"),
     flops=weight_grad_flops,
+    tags=(torch.Tag.flexible_layout,),
 )
 register_triton("convolution_weight_grad")

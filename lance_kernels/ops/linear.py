@@ -260,11 +260,12 @@ class _Linear(torch.autograd.Function):
             if needs_weight:
                 core = restore_core(core, ctx.core_size, ctx.core_bits, lengths, ctx.core_count, ctx.dtype)
                 expanding = kept_factors(factors, ctx.dtype, expand=True)
-                grad_weight = torch.ops.lance.linear_weight_grad(grad_output, core, expanding)
-            if needs_bias:
-                grad_bias = (
-                    grad_output.sum(dim=list(range(grad_output.dim() - 1))) if grad_output.dim() > 1 else grad_output
-                )
+                if needs_bias:
+                    grad_weight, grad_bias = torch.ops.lance.linear_weight_bias_grad(grad_output, core, expanding)
+                else:
+                    grad_weight = torch.ops.lance.linear_weight_grad(grad_output, core, expanding)
+            elif needs_bias:
+                grad_bias = _bias_grad(grad_output)
         return grad_x, grad_weight, grad_bias, None, None, None, *[None] * len(factors)
 
 
@@ -324,7 +325,7 @@ def _weight_grad_reference(grad_output: torch.Tensor, core: torch.Tensor, factor
 
 
 def _bias_grad(grad_output: torch.Tensor) -> torch.Tensor:
-    return grad_output.flatten(0, -2).sum(dim=0) if grad_output.dim() > 1 else grad_output.clone()
+    return grad_output.sum(dim=list(range(grad_output.dim() - 1))) if grad_output.dim() > 1 else grad_output.clone()
 
 
 def _weight_bias_grad_reference(
@@ -397,6 +398,7 @@ define(
     fake=_weight_grad_fake,
     autograd=not_differentiable("linear_weight_grad"),
     flops=weight_grad_flops,
+    tags=(torch.Tag.flexible_layout,),
 )
 define(
     "linear_weight_bias_grad(Tensor grad_output, Tensor core, Tensor?[] factors) -> (Tensor, Tensor)",
@@ -404,6 +406,7 @@ define(
     fake=_weight_bias_grad_fake,
     autograd=not_differentiable("linear_weight_bias_grad"),
     flops=weight_grad_flops,
+    tags=(torch.Tag.flexible_layout,),
 )
 register_triton("linear_weight_grad", "linear")
 register_triton("linear_weight_bias_grad", "linear")

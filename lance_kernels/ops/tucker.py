@@ -153,6 +153,7 @@ define(
     fake=_project_fake,
     autograd=_autograd(_Project),
     flops=_flops(side=1),
+    tags=(torch.Tag.flexible_layout,),
 )
 define(
     "tucker_reconstruct(Tensor core, Tensor?[] factors) -> Tensor",

@@ -15,6 +15,7 @@ import torch
 
 from lance_kernels.kernels import convolution_weight_grad, linear, tucker
 from lance_kernels.kernels._common import WORKSPACE_BYTES, WORKSPACE_SHARE
+from lance_kernels.kernels._reduction import reduce_and_expand
 from lance_kernels.ops.convolution import Geometry, output_size
 from lance_kernels.ops.convolution_weight_grad import _weight_grad
 from tests.kernels.strict import Launch, strict
@@ -98,8 +99,8 @@ def convolution_grad(
     with strict(counted=COUNTED) as launches:
         if shifts:
             spatial = [factor for factor in factors[2:] if factor is not None]
-            thin = convolution_weight_grad.shifted_sums(grad, core, spatial, weight, geometry)
-            product = torch.tensordot(thin, factors[1], dims=([1], [1])).movedim(-1, 1).to(dtype)
+            parts = convolution_weight_grad.shifted_sums(grad, core, spatial, weight, geometry)
+            product, _ = reduce_and_expand(parts, factors[1], dtype, taps=weight[2:])
         else:
             product = convolution_weight_grad.convolution_weight_grad(grad, core, factors, weight, *geometry)
     wide = [None if factor is None else factor.double() for factor in factors]
@@ -237,7 +238,8 @@ def check_far_offsets() -> None:
         spatial = rounded(factors_for((2, 40, 8, 8), (None, 5, 3, 3)), BF16)
         kept = torch.randn(2, 5, 3, 3).to(BF16)
         with strict():
-            thin = convolution_weight_grad.shifted_sums(images, kept, spatial[2:], (40, 40, 3, 3), plain((3, 3)))
+            parts = convolution_weight_grad.shifted_sums(images, kept, spatial[2:], (40, 40, 3, 3), plain((3, 3)))
+            thin = convolution_weight_grad.added_up(parts, (3, 3), 5)
         wide = [None, None, *(factor.double() for factor in spatial[2:])]
         exact = _weight_grad(images.double(), kept.double(), wide, [40, 5, 3, 3], plain((3, 3)))
         assert_near(thin, exact, factor=500, terms=80)
