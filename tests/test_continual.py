@@ -42,6 +42,26 @@ def test_protected_directions_stay(kind, clips):
         learner.end_task(data)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["medium precision", "step within autocast"])
+def test_protected_directions_stay_where_products_are_rounded(autocast):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    learner = learner_of(model, optimizer)
+    first, second = [[(torch.randn(48, 64), torch.randint(0, 5, (48,)))] for _ in range(2)]
+    learner.begin_task(first)
+    learner.end_task(first)
+    learner.begin_task(second)
+    before = weights(learner)
+    try:
+        torch.set_float32_matmul_precision("highest" if autocast else "medium")
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            train(model, optimizer, second, 20)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    # Not every processor rounds at "medium": what is brought back in float64 shows anywhere.
+    assert_protected(learner, before, 1e-6 if autocast else 5e-8)
+
+
 def test_outputs_of_earlier_tasks_stay():
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -9,6 +9,7 @@ import torch
 from lance_kernels.continual.basis import Basis
 from lance_kernels.nn._compressed import CompressedLayer
 from lance_kernels.ops._checks import accumulation_dtype
+from lance_kernels.ops._registry import without_autocast
 
 PROBES = 8
 # A weight is brought back when its protected part has moved by this many roundings of its own.
@@ -96,9 +97,11 @@ class Protection:
         """
         assert self.product is not None
         # Products in float32 round by more than the threshold: a weight that stays would be brought back every step.
-        weight = self._weight(torch.float64 if distance < FAR else None)
-        away = self.basis.components(weight) - self.product.to(weight.device)
-        weight = weight - self.basis.expand(away)
+        precise = distance < FAR or _rounds_products(self.layer.weight.device)
+        weight = self._weight(torch.float64 if precise else None)
+        with without_autocast():
+            away = self.basis.components(weight) - self.product.to(weight.device)
+            weight = weight - self.basis.expand(away)
         self.layer.weight.detach().copy_(weight.view_as(self.layer.weight))
 
     def project(self, grad: torch.Tensor) -> torch.Tensor:
@@ -106,7 +109,8 @@ class Protection:
         if not self.basis.width:
             return grad
         rows = grad.reshape(self.groups, -1, self.size).to(accumulation_dtype(grad.dtype))
-        return self.basis.without(rows).reshape(grad.shape).to(grad.dtype)
+        with without_autocast():
+            return self.basis.without(rows).reshape(grad.shape).to(grad.dtype)
 
     def stored_bytes(self) -> tuple[int, int]:
         """Bytes of the stored directions and of the remembered product."""
@@ -143,3 +147,9 @@ class Protection:
     def _weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         weight = self.layer.weight.detach().reshape(self.groups, -1, self.size)
         return weight.to(dtype or accumulation_dtype(weight.dtype))
+
+
+def _rounds_products(device: torch.device) -> bool:
+    """Whether PyTorch is set to make float32 products on a device in fewer bits (TF32, bfloat16)."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return backend.matmul.fp32_precision not in ("ieee", "none")
