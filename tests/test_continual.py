@@ -369,6 +369,36 @@ def test_layers_that_no_batch_reaches_stay_plain_and_protected():
     before = weights(learner)
     train(model, optimizer, second, 20)
     assert_protected(learner, before)
+    model.use_b = False
+    with pytest.warns(UserWarning, match="no batch reached b; nothing more is protected there"):
+        learner.end_task(second)
+
+
+def test_a_refused_end_changes_nothing():
+    class Overflowing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.factor = nn.Linear(12, 12), nn.Linear(12, 5), 1.0
+
+        def forward(self, x):
+            return self.b(self.a(x) * self.factor)
+
+    model = Overflowing()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    learner = learner_of(model, optimizer, energy=0.5)
+    for number in range(2):
+        data = task(number, size=(12,))
+        learner.begin_task(data)
+        before, state = weights(learner), learner.capacity()
+        model.factor = torch.inf
+        with pytest.raises(RuntimeError, match="layer 'b', its input"):
+            learner.end_task(data)
+        assert learner.capacity() == state
+        model.factor = 1.0
+        train(model, optimizer, data, 10)
+        if number:
+            assert_protected(learner, before)
+        learner.end_task(data)
 
 
 def test_iterators_are_looked_at_twice():

@@ -219,11 +219,11 @@ class NullSpaceLearner:
         self._check_open()
         if self.in_task:
             raise RuntimeError("NullSpaceLearner.begin_task: a task has begun; call end_task first")
-        self._freeze_full()
         full = {name for name, protection in self._protected.items() if protection.full}
         layers = {name: layer for name, layer in self._layers.items() if name not in full}
         protected = {name: protection for name, protection in self._protected.items() if name not in full}
         found = self._gatherer(loader).factors(layers, protected)
+        frozen = self._freeze_full()
         for layer in self._layers.values():
             layer.lance_clear_factors()
         for name, factors in found.tucker.items():
@@ -234,14 +234,9 @@ class NullSpaceLearner:
             layer.set_patch_factors(patch)
         share_factors(self.model, {n: o for n, o in found.shared.items() if not {n, o} & set(found.patches)})
         self._set_next_ranks(found)
-        unreached = [name for name in found.uncalled if name in protected]
-        if unreached:
-            warnings.warn(
-                f"NullSpaceLearner: no batch reached {', '.join(unreached)}; these layers stay plain in this task",
-                stacklevel=2,
-            )
         self._remember()
         self.in_task = True
+        _warn_of(frozen, [name for name in found.uncalled if name in protected], "these layers stay plain in this task")
 
     def end_task(self, loader: Iterable[Any]) -> None:
         """Protects what the task that was trained uses of every layer's input.
@@ -258,17 +253,20 @@ class NullSpaceLearner:
             raise RuntimeError("NullSpaceLearner.end_task: no task has begun; call begin_task first")
         layers = {name: p.layer for name, p in self._protected.items() if not p.full}
         grams = self._gatherer(loader).features(layers)
-        for name, gram in grams.items():
-            basis = self._protected[name].basis
-            directions, self._next_rank[name] = protected_directions(gram, basis, self.energy, layers[name], name)
-            basis.add(directions)
+        found = {
+            name: protected_directions(gram, self._protected[name].basis, self.energy, layers[name], name)
+            for name, gram in grams.items()
+        }
+        for name, (directions, self._next_rank[name]) in found.items():
+            self._protected[name].basis.add(directions)
         for layer in self._layers.values():
             layer.lance_clear_factors()
         self.tasks += 1
         self.in_task = False
-        self._freeze_full()
+        frozen = self._freeze_full()
         self.policy.end_task(self._weights())
         self._remember()
+        _warn_of(frozen, [name for name in layers if name not in grams], "nothing more is protected there")
 
     def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Watches the steps of another optimizer of the same model from now on, and no longer the one before's."""
@@ -410,14 +408,12 @@ class NullSpaceLearner:
             if protection.guards and not _keeps_free_core(protection.layer)
         }
 
-    def _freeze_full(self) -> None:
+    def _freeze_full(self) -> list[str]:
+        """Freezes the layers without free directions; returns the names of those that were trained until now."""
         names = [name for name, p in self._protected.items() if p.full and p.layer.weight.requires_grad]
         for name in names:
             self.policy.freeze(f"{name}.weight" if name else "weight", self._protected[name].layer.weight)
-        if names:
-            warnings.warn(
-                f"NullSpaceLearner: no direction is free in {', '.join(names)}; frozen from now on", stacklevel=3
-            )
+        return names
 
     def _set_next_ranks(self, found: Found) -> None:
         for name, protection in self._protected.items():
@@ -477,6 +473,16 @@ def _check_arguments(
         raise ValueError(f"NullSpaceLearner: max_batches is {max_batches}; expected at least 1, or None")
     if basis_dtype not in FLOATING:
         raise ValueError(f"NullSpaceLearner: basis_dtype is {basis_dtype}; expected one of {FLOATING}")
+
+
+def _warn_of(frozen: Sequence[str], unreached: Sequence[str], consequence: str) -> None:
+    """Warns at the end of `begin_task` and `end_task`, whose work is then done where warnings are made errors."""
+    for names, said, then in (
+        (frozen, "no direction is free in", "frozen from now on"),
+        (unreached, "no batch reached", consequence),
+    ):
+        if names:
+            warnings.warn(f"NullSpaceLearner: {said} {', '.join(names)}; {then}", stacklevel=3)
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
