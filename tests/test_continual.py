@@ -319,6 +319,7 @@ def test_policy_of_everything_else(after):
     assert "heads.0, heads.1" in learner.summary().policy["heads"]
     learner.close()
     assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
 
 
 def test_close_leaves_a_plain_trainable_model():

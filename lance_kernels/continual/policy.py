@@ -76,10 +76,12 @@ class Policy:
         parameter.grad = None
 
     def keep_statistics(self) -> None:
-        """Keeps norms with running statistics in eval mode from now on, whatever `train()` says."""
+        """Lets norms with running statistics compute in eval mode from now on, whatever `train()` says."""
         self.still = True
         self._remove_handles()
-        self._handles = [module.register_forward_pre_hook(_in_eval_mode) for module in self._with_statistics()]
+        for module in self._with_statistics():
+            self._handles.append(module.register_forward_pre_hook(_enter_eval_mode))
+            self._handles.append(module.register_forward_hook(_leave_eval_mode, always_call=True))
 
     def thaw(self) -> None:
         """Undoes everything."""
@@ -150,8 +152,13 @@ class Policy:
         self._handles = []
 
 
-def _in_eval_mode(module: nn.Module, args: Any) -> None:
+def _enter_eval_mode(module: nn.Module, args: Any) -> None:
+    module.lance_mode = module.training  # type: ignore[assignment]
     module.training = False
+
+
+def _leave_eval_mode(module: nn.Module, args: Any, output: Any) -> None:
+    module.training = vars(module).pop("lance_mode", module.training)
 
 
 def _has_gradient(module: nn.Module) -> bool:
