@@ -125,6 +125,35 @@ def test_penalties_and_exact_gradients_do_not_get_past():
     assert_protected(learner, before)
 
 
+def test_two_optimizers_are_both_watched_and_none_may_be_left_out():
+    model = network()
+    halves = [torch.optim.AdamW(model[:4].parameters(), lr=3e-3), torch.optim.AdamW(model[4:].parameters(), lr=3e-3)]
+    with pytest.raises(ValueError, match="no optimizer holds the weights of 4, 7, 9; expected every optimizer"):
+        learner_of(model, halves[0])
+    assert type(model[0]) is nn.Conv2d
+    assert not halves[0]._optimizer_step_post_hooks
+    learner = learner_of(model, halves)
+    learner.begin_task(task(0))
+    learner.end_task(task(0))
+    with pytest.raises(ValueError, match="no optimizer holds the weights of 0, 2"):
+        learner.use_optimizer(halves[1])
+    learner.begin_task(task(1))
+    before = weights(learner)
+    for _ in range(20):
+        train(model, halves[0], task(1), 1)
+        halves[1].step()
+        halves[1].zero_grad()
+    assert_protected(learner, before)
+    learner.use_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert not any(half._optimizer_step_post_hooks for half in halves)
+
+
+def test_weights_that_are_not_trained_need_no_optimizer():
+    model = network()
+    model[4].weight.requires_grad_(False)
+    learner_of(model, torch.optim.SGD([p for p in model.parameters() if p is not model[4].weight], lr=0.1))
+
+
 @pytest.mark.parametrize("dimensions", [1, 3])
 def test_one_and_three_dimensions(dimensions):
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
@@ -322,6 +351,36 @@ def test_policy_of_everything_else(after):
     assert all(module.training for module in model.modules())
 
 
+def test_a_replaced_layer_is_refused_and_a_replaced_head_followed():
+    def grown(model, learner):
+        model.heads[0] = nn.Linear(16, 6)
+        learner.use_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-2))
+
+    data = tokens(0)
+    model = WithHeads()
+    learner = learner_of(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    with pytest.warns(UserWarning, match=r"no batch reached heads\.1, heads\.2"):
+        learner.begin_task(data)
+    head = model.heads[0]
+    model.heads[0] = nn.Linear(16, 6)
+    with pytest.raises(RuntimeError, match=r"another module is in the place of heads\.0; .* belongs into heads"):
+        learner.end_task(data)
+    model.heads[0] = head
+    with pytest.warns(UserWarning, match=r"no batch reached heads\.1, heads\.2"):
+        learner.end_task(data)
+    with pytest.raises(RuntimeError, match=r"another module is in the place of heads\.0"):
+        grown(model, learner)
+    model = WithHeads()
+    learner = learner_of(model, torch.optim.AdamW(model.parameters(), lr=1e-2), heads=["heads"], energy=0.6)
+    for _ in range(2):
+        learner.begin_task(data)
+        train(model, learner.optimizers[0], data, 3)
+        learner.end_task(data)
+        assert not model.heads[0].weight.requires_grad
+        grown(model, learner)
+        assert model.heads[0].weight.requires_grad
+
+
 def test_close_leaves_a_plain_trainable_model():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -437,8 +496,17 @@ def test_bad_arguments_are_named():
         learner_of(model, optimizer, energy=1.5)
     with pytest.raises(TypeError, match=r"optimizer is a Sequential; expected a torch.optim.Optimizer"):
         learner_of(model, model)
-    with pytest.raises(ValueError, match="heads is 'head'; expected a sequence"):
-        learner_of(model, optimizer, heads="head")
+    with pytest.raises(ValueError, match=r"energy is 'a'; expected a number in"):
+        learner_of(model, optimizer, energy="a")
+    with pytest.raises(TypeError, match=r"optimizer is a int; expected a torch.optim.Optimizer"):
+        learner_of(model, [optimizer, 3])
+    for heads in ("head", ["("], [3]):
+        with pytest.raises(ValueError, match=r"heads is .*; expected a sequence"):
+            learner_of(model, optimizer, heads=heads)
+    with pytest.raises(ValueError, match="basis_device is 'nowhere'; expected a device of this machine"):
+        learner_of(model, optimizer, basis_device="nowhere")
+    with pytest.raises(ValueError, match=r"max_batches is 2\.5; expected an integer"):
+        learner_of(model, optimizer, max_batches=2.5)
     with pytest.raises(ValueError, match="after_first_task is 'melt'"):
         learner_of(model, optimizer, after_first_task="melt")
     with pytest.raises(ValueError, match="max_batches is 0"):

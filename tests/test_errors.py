@@ -109,6 +109,17 @@ def unreached():
     learner(model).begin_task(batches())
 
 
+def unrelated():
+    return torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+
+
+def replaced():
+    model = nn.Sequential(nn.Linear(6, 3))
+    made = learner(model)
+    model[0] = nn.Linear(6, 4)
+    made.begin_task(batches())
+
+
 def damaged_learner(folder):
     (folder / "file").write_text("no")
     learner().load(folder / "file")
@@ -143,6 +154,8 @@ CASES = {
     "NullSpaceLearner: config.budget_bytes is ": lambda: learner(config=lance.LanceConfig(budget_bytes=9)),
     "NullSpaceLearner: model has no trainable linear or convolution layer": lambda: learner(nn.Bilinear(6, 6, 3)),
     "NullSpaceLearner: the parameter ": sharded,
+    "NullSpaceLearner: no optimizer holds the weights of ": lambda: learner().use_optimizer(unrelated()),
+    "NullSpaceLearner: another module is in the place of ": replaced,
     "NullSpaceLearner.begin_task: a task has begun": lambda: tasks("begin_task", "begin_task"),
     "NullSpaceLearner.end_task: no task has begun": lambda: tasks("end_task"),
     "NullSpaceLearner: loader gave no batch": lambda: learner().begin_task([]),

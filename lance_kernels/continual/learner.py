@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from lance_kernels.config import LanceConfig
+from lance_kernels.config import LanceConfig, _compiles
 from lance_kernels.continual.gather import Found, Gatherer, protected_directions
 from lance_kernels.continual.layers import PatchConvolution, PatchFactors, keep_patches_
 from lance_kernels.continual.policy import After, Policy
@@ -139,7 +140,7 @@ class NullSpaceLearner:
 
     Args:
         model: a plain model; changed in place. A `DistributedDataParallel` wrapper is looked through.
-        optimizer: trains the model; any of `torch.optim`.
+        optimizer: trains the model; any of `torch.optim`, or all of them where there are several.
         energy: share of a task's energy that the protected directions carry, in (0, 1].
         config: how far inputs are compressed; `LanceConfig()` by default.
         heads: patterns of modules that belong to one task each; their weights are not protected.
@@ -153,14 +154,14 @@ class NullSpaceLearner:
 
     Raises:
         TypeError: `model`, `optimizer` or `config` is something else.
-        ValueError: another argument is out of its range, or the model is compressed already, has no layer to protect
-            or is tensor parallel.
+        ValueError: another argument is out of its range, no optimizer holds the weight of a layer to protect, or the
+            model is compressed already, has no layer to protect or is tensor parallel.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         energy: float = 0.97,
         *,
         config: LanceConfig | None = None,
@@ -172,37 +173,29 @@ class NullSpaceLearner:
         progress: bool = True,
     ) -> None:
         config = LanceConfig() if config is None else config
-        _check_arguments(optimizer, energy, config, heads, after_first_task, max_batches, basis_dtype)
+        _check_arguments(energy, config, heads, after_first_task, max_batches, basis_dtype, basis_device)
+        self.optimizers = _optimizers(optimizer)
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         sharded = [name for name, p in self.model.named_parameters() if is_dtensor(p)]
         if sharded:
             raise ValueError(f"NullSpaceLearner: the parameter {sharded[0]!r} is a DTensor; expected a local tensor")
-        self.optimizer, self.energy = optimizer, energy
-        self.max_batches, self.progress = max_batches, progress
+        self.energy, self.max_batches, self.progress = energy, max_batches, progress
         self.tasks = 0
         self.in_task = False
         self._closed = False
-        self._compression = compress_(self.model, config)
-        self.policy = Policy(self.model, heads, after_first_task)
-        self._layers = dict(compressed_layers(self.model))
         self._protected: dict[str, Protection] = {}
         self._next_rank: dict[str, int] = {}
         self._handles: dict[str, RemovableHandle] = {}
-        device = None if basis_device is None else torch.device(basis_device)
-        shared, head_modules = _shared_weights(self.model), self.policy.head_modules()
-        for name, layer in self._layers.items():
-            if name in head_modules:
-                self._compression.left[name] = "a head"
-            elif id(layer.weight) in shared:
-                self._compression.left[name] = "its weight is used elsewhere too"
-            else:
-                keep_patches_(layer)
-                self._protected[name] = Protection(layer, basis_dtype, device)
-                self._next_rank[name] = layer.weight[0].numel() * self._protected[name].groups
-        if not self._protected:
+        self.policy = Policy(self.model, heads, after_first_task)
+        self._compression = compress_(self.model, config)
+        self._layers = dict(compressed_layers(self.model))
+        try:
+            self._protect_layers(basis_dtype, None if basis_device is None else torch.device(basis_device))
+            self._check_trained(self.optimizers)
+        except BaseException:
             revert_(self.model)
-            raise ValueError("NullSpaceLearner: model has no trainable linear or convolution layer to protect")
-        self._step_handle = optimizer.register_step_post_hook(self._after_step)
+            raise
+        self._step_handles = [one.register_step_post_hook(self._after_step) for one in self.optimizers]
 
     def begin_task(self, loader: Iterable[Any]) -> None:
         """Finds the factors with which a new task's inputs are compressed, free of what is protected.
@@ -213,12 +206,14 @@ class NullSpaceLearner:
             loader: the task's batches, as for `calibrate`; iterated up to twice (an iterator's are kept).
 
         Raises:
-            RuntimeError: a task has begun already, the learner is closed, or an input holds NaN or infinity.
-            ValueError: the loader gave no batch.
+            RuntimeError: a task has begun already, the learner is closed, a protected layer was replaced, or an input
+                holds NaN or infinity.
+            ValueError: the loader gave no batch, or no optimizer holds the weight of a protected layer.
         """
-        self._check_open()
+        self._check_usable()
         if self.in_task:
             raise RuntimeError("NullSpaceLearner.begin_task: a task has begun; call end_task first")
+        self._check_trained(self.optimizers)
         full = {name for name, protection in self._protected.items() if protection.full}
         layers = {name: layer for name, layer in self._layers.items() if name not in full}
         protected = {name: protection for name, protection in self._protected.items() if name not in full}
@@ -245,10 +240,11 @@ class NullSpaceLearner:
             loader: the task's batches, as for `begin_task`.
 
         Raises:
-            RuntimeError: no task has begun, the learner is closed, or an input holds NaN or infinity.
+            RuntimeError: no task has begun, the learner is closed, a protected layer was replaced, or an input holds
+                NaN or infinity.
             ValueError: the loader gave no batch.
         """
-        self._check_open()
+        self._check_usable()
         if not self.in_task:
             raise RuntimeError("NullSpaceLearner.end_task: no task has begun; call begin_task first")
         layers = {name: p.layer for name, p in self._protected.items() if not p.full}
@@ -268,12 +264,21 @@ class NullSpaceLearner:
         self._remember()
         _warn_of(frozen, [name for name in layers if name not in grams], "nothing more is protected there")
 
-    def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Watches the steps of another optimizer of the same model from now on, and no longer the one before's."""
-        self._check_open()
-        self._step_handle.remove()
-        self.optimizer = optimizer
-        self._step_handle = optimizer.register_step_post_hook(self._after_step)
+    def use_optimizer(self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
+        """Watches the steps of other optimizers of the same model from now on, and no longer those before's.
+
+        Raises:
+            TypeError: `optimizer` is something else.
+            ValueError: no optimizer holds the weight of a layer that is protected and in training.
+            RuntimeError: the learner is closed, or a protected layer was replaced.
+        """
+        self._check_usable()
+        optimizers = _optimizers(optimizer)
+        self._check_trained(optimizers)
+        for handle in self._step_handles:
+            handle.remove()
+        self.optimizers = optimizers
+        self._step_handles = [one.register_step_post_hook(self._after_step) for one in optimizers]
 
     def capacity(self) -> dict[str, Capacity]:
         """How much of each protected layer's input is used and free, by layer name."""
@@ -321,7 +326,7 @@ class NullSpaceLearner:
             ValueError: the state is of another format, or does not fit the model; the learner is left as it was.
             RuntimeError: the learner is closed.
         """
-        self._check_open()
+        self._check_usable()
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError(f"NullSpaceLearner.load_state_dict: state is no learner's of format {FORMAT}")
         missing = sorted(set(state["protected"]) ^ set(self._protected))
@@ -375,12 +380,37 @@ class NullSpaceLearner:
         if self._closed:
             return
         self._closed = True
-        self._step_handle.remove()
-        for handle in self._handles.values():
+        for handle in (*self._step_handles, *self._handles.values()):
             handle.remove()
         self._handles = {}
         self.policy.thaw()
         revert_(self.model)
+
+    def _protect_layers(self, dtype: torch.dtype, device: torch.device | None) -> None:
+        """Finds the layers to protect."""
+        shared, head_modules = _shared_weights(self.model), self.policy.head_modules()
+        for name, layer in self._layers.items():
+            if name in head_modules:
+                self._compression.left[name] = "a head"
+            elif id(layer.weight) in shared:
+                self._compression.left[name] = "its weight is used elsewhere too"
+            else:
+                keep_patches_(layer)
+                self._protected[name] = Protection(layer, dtype, device)
+                self._next_rank[name] = layer.weight[0].numel() * self._protected[name].groups
+        if not self._protected:
+            raise ValueError("NullSpaceLearner: model has no trainable linear or convolution layer to protect")
+
+    def _check_trained(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Refuses optimizers without one of the protected weights: steps of another's would go unnoticed."""
+        held = {id(parameter) for one in optimizers for group in one.param_groups for parameter in group["params"]}
+        weights = {name: p.layer.weight for name, p in self._protected.items() if p.layer.weight.requires_grad}
+        missing = [name or "(root)" for name, weight in weights.items() if id(weight) not in held]
+        if missing:
+            raise ValueError(
+                f"NullSpaceLearner: no optimizer holds the weights of {', '.join(missing)}; expected every optimizer "
+                "of the model, and requires_grad=False where a weight is not trained"
+            )
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         with torch.no_grad():
@@ -439,40 +469,64 @@ class NullSpaceLearner:
     def _weights(self) -> list[torch.Tensor]:
         return [protection.layer.weight for protection in self._protected.values()]
 
-    def _check_open(self) -> None:
+    def _check_usable(self) -> None:
         if self._closed:
             raise RuntimeError("NullSpaceLearner: closed; make a new one")
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        replaced = [name or "(root)" for name, p in self._protected.items() if modules.get(name) is not p.layer]
+        if replaced:
+            raise RuntimeError(
+                f"NullSpaceLearner: another module is in the place of {', '.join(replaced)}; expected the layers that "
+                "are protected (what is replaced between tasks belongs into heads)"
+            )
+        self._layers = {name: layer for name, layer in self._layers.items() if modules.get(name) is layer}
+
+
+def _optimizers(optimizer: object) -> tuple[torch.optim.Optimizer, ...]:
+    optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+    for one in optimizers:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise TypeError(
+                f"NullSpaceLearner: optimizer is a {type(one).__name__}; expected a torch.optim.Optimizer or several"
+            )
+    return optimizers
 
 
 def _check_arguments(
-    optimizer: object,
-    energy: float,
+    energy: object,
     config: object,
-    heads: object,
+    heads: Sequence[str],
     after_first_task: str,
-    max_batches: int | None,
+    max_batches: object,
     basis_dtype: torch.dtype,
+    basis_device: torch.device | str | None,
 ) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"NullSpaceLearner: optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer"
-        )
     if not isinstance(config, LanceConfig):
         raise TypeError(f"NullSpaceLearner: config is a {type(config).__name__}; expected a LanceConfig")
     if config.budget_bytes is not None:
         raise ValueError(
             f"NullSpaceLearner: config.budget_bytes is {config.budget_bytes}; expected None, ranks follow energy here"
         )
-    if not 0 < energy <= 1:
+    if not isinstance(energy, Real) or not 0 < float(energy) <= 1:
         raise ValueError(f"NullSpaceLearner: energy is {energy!r}; expected a number in (0, 1]")
-    if isinstance(heads, str):
-        raise ValueError(f"NullSpaceLearner: heads is {heads!r}; expected a sequence of patterns, not one string")
+    if isinstance(heads, str) or not all(_compiles(pattern) for pattern in heads):
+        raise ValueError(
+            f"NullSpaceLearner: heads is {heads!r}; expected a sequence of module names or regular expressions"
+        )
     if after_first_task not in ("freeze", "train"):
         raise ValueError(f'NullSpaceLearner: after_first_task is {after_first_task!r}; expected "freeze" or "train"')
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"NullSpaceLearner: max_batches is {max_batches}; expected at least 1, or None")
+    if max_batches is not None and not (isinstance(max_batches, int) and max_batches >= 1):
+        raise ValueError(
+            f"NullSpaceLearner: max_batches is {max_batches!r}; expected an integer of at least 1, or None"
+        )
     if basis_dtype not in FLOATING:
         raise ValueError(f"NullSpaceLearner: basis_dtype is {basis_dtype}; expected one of {FLOATING}")
+    try:
+        torch.empty(0, device=basis_device)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"NullSpaceLearner: basis_device is {basis_device!r}; expected a device of this machine, or None"
+        ) from error
 
 
 def _warn_of(frozen: Sequence[str], unreached: Sequence[str], consequence: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from lance_kernels.continual import NullSpaceLearner
 
 
 class Attached:
-    """A learner that is made when a loop first shows its model and optimizer, and follows later optimizers.
+    """A learner that is made when a loop first shows its model and optimizers, and follows later optimizers.
 
     Args:
         **arguments: of `NullSpaceLearner`, other than `model` and `optimizer`.
@@ -25,23 +25,21 @@ class Attached:
         self.arguments = arguments
         self.learner: NullSpaceLearner | None = None
 
-    def begin_task(self, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Iterable[Any]) -> None:
-        """Begins a task with the loop's present optimizer.
+    def begin_task(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], loader: Iterable[Any]) -> None:
+        """Begins a task with the loop's present optimizers.
 
         Raises:
             ValueError: the model is another than before.
         """
-        # Wrappers (accelerate's, Lightning's) hold the real optimizer, whose steps have hooks.
-        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = inner
+        optimizers = tuple(map(_unwrapped, optimizers))
         if self.learner is None:
-            self.learner = NullSpaceLearner(model, optimizer, **self.arguments)
+            self.learner = NullSpaceLearner(model, optimizers, **self.arguments)
         elif getattr(model, "module", model) is not self.learner.model:
             raise ValueError(
                 f"{type(self).__name__}: got another {type(model).__name__} than in the task before; expected the same"
             )
-        elif optimizer is not self.learner.optimizer:
-            self.learner.use_optimizer(optimizer)
+        elif optimizers != self.learner.optimizers:
+            self.learner.use_optimizer(optimizers)
         self.learner.begin_task(loader)
 
     def end_task(self, loader: Iterable[Any]) -> None:
@@ -53,3 +51,10 @@ class Attached:
         """Leaves a plain model."""
         if self.learner is not None:
             self.learner.close()
+
+
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that a wrapper (accelerate's, Lightning's) holds, whose steps have hooks."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer

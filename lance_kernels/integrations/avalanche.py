@@ -23,7 +23,7 @@ class NullSpacePlugin(Attached, SupervisedPlugin):  # type: ignore[misc]
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Begins a task, once the strategy has adapted model, optimizer and data to the experience."""
-        self.begin_task(strategy.model, strategy.optimizer, self._loader(strategy))
+        self.begin_task(strategy.model, [strategy.optimizer], self._loader(strategy))
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Ends the task."""

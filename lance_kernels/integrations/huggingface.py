@@ -20,7 +20,7 @@ class NullSpaceCallback(Attached, TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begins a task on the trainer's own batches."""
-        self.begin_task(kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"])
+        self.begin_task(kwargs["model"], [kwargs["optimizer"]], kwargs["train_dataloader"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ends the task."""

@@ -19,14 +19,8 @@ class NullSpaceCallback(Attached, Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins a task on the trainer's own batches.
-
-        Raises:
-            ValueError: the module has several optimizers.
-        """
-        if len(trainer.optimizers) != 1:
-            raise ValueError(f"NullSpaceCallback: module has {len(trainer.optimizers)} optimizers; expected 1")
-        self.begin_task(pl_module, trainer.optimizers[0], self._loader(trainer))
+        """Begins a task on the trainer's own batches."""
+        self.begin_task(pl_module, trainer.optimizers, self._loader(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the task."""
