@@ -106,6 +106,25 @@ def test_gradient_scaler():
         learner.end_task(data)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_roundings_do_not_add_up_over_tasks(dtype):
+    model = nn.Sequential(nn.Linear(160, 16)).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-4)
+    learner = learner_of(model, optimizer, energy=0.95)
+    for number in range(25):
+        data = [(torch.randn(32, 4) @ torch.randn(4, 160)).to(dtype)]
+        learner.begin_task(data)
+        for _ in range(10):
+            optimizer.zero_grad()
+            model(data[0]).square().mean().backward()
+            optimizer.step()
+        learner.end_task(data)
+        if not number:
+            first, kept = model[0].weight.detach().double().clone(), learner._protected["0"].basis.dense()
+    weight = model[0].weight.detach().double()
+    assert ((weight - first) @ kept).norm() <= torch.finfo(dtype).eps * weight.norm()
+
+
 def test_penalties_and_exact_gradients_do_not_get_past():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

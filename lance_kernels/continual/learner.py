@@ -229,7 +229,10 @@ class NullSpaceLearner:
             layer.set_patch_factors(patch)
         share_factors(self.model, {n: o for n, o in found.shared.items() if not {n, o} & set(found.patches)})
         self._set_next_ranks(found)
-        self._remember()
+        for protection in self._protected.values():
+            # The model may be on another device than when the task before ended.
+            protection.make_probes()
+        self._hook_gradients()
         self.in_task = True
         _warn_of(frozen, [name for name in found.uncalled if name in protected], "these layers stay plain in this task")
 
@@ -253,15 +256,15 @@ class NullSpaceLearner:
             name: protected_directions(gram, self._protected[name].basis, self.energy, layers[name], name)
             for name, gram in grams.items()
         }
-        for name, (directions, self._next_rank[name]) in found.items():
-            self._protected[name].basis.add(directions)
+        for index, (name, (directions, self._next_rank[name])) in enumerate(found.items()):
+            self._protected[name].protect(directions, seed=1000 * (self.tasks + 1) + index)
         for layer in self._layers.values():
             layer.lance_clear_factors()
         self.tasks += 1
         self.in_task = False
         frozen = self._freeze_full()
         self.policy.end_task(self._weights())
-        self._remember()
+        self._hook_gradients()
         _warn_of(frozen, [name for name in layers if name not in grams], "nothing more is protected there")
 
     def use_optimizer(self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
@@ -422,11 +425,6 @@ class NullSpaceLearner:
             for protection, distance in zip(guarding, moved.tolist()):
                 if not distance <= 1:
                     protection.restore_(distance)
-
-    def _remember(self) -> None:
-        for index, protection in enumerate(self._protected.values()):
-            protection.remember(seed=1000 * self.tasks + index)
-        self._hook_gradients()
 
     def _hook_gradients(self) -> None:
         """Lets only the free part of a gradient through, where it does not come from factors that are free anyway."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,20 +53,27 @@ class Protection:
         """Whether there is something to bring the weight back to."""
         return self.product is not None and self.layer.weight.requires_grad
 
-    def remember(self, seed: int) -> None:
-        """Takes the weight's present value on the protected directions as the one to keep.
+    def protect(self, coordinates: Sequence[torch.Tensor], seed: int) -> None:
+        """Protects further directions, along which the weight's present value is the one to keep.
+
+        Along those before it stays what it was: taken from the weight again, it would drift by a rounding a task.
 
         Args:
-            seed: of the random combinations.
+            coordinates: of the directions, as `Basis.add` takes them.
+            seed: of the random combinations that tell whether the weight moved.
         """
+        weight = self._weight(torch.float64)
+        if self.product is not None:
+            weight = weight - self.basis.expand(self.basis.components(weight) - self.product.to(weight))
+        self.basis.add(coordinates)
         self.product, self.seed = None, seed
         if self.basis.width and not self.full:
-            product = self.basis.components(self._weight(torch.float64))
+            product = self.basis.components(weight)
             self.product = product.to(self.basis.packed.device, accumulation_dtype(self.layer.weight.dtype))
-        self._make_probes()
+        self.make_probes()
 
-    def _make_probes(self) -> None:
-        """Combinations of directions and of the remembered product, from these and the seed alone."""
+    def make_probes(self) -> None:
+        """Combinations of directions and of the remembered product, from these and the seed; on the weight's device."""
         self.probes = self.targets = None
         if self.product is None:
             return
@@ -142,7 +150,7 @@ class Protection:
         self.basis.load_state_dict(state)
         product, self.seed = state["product"], int(state["seed"])
         self.product = None if product is None else product.detach().to(self.basis.packed.device, copy=True)
-        self._make_probes()
+        self.make_probes()
 
     def _weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         weight = self.layer.weight.detach().reshape(self.groups, -1, self.size)
