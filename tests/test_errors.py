@@ -158,6 +158,7 @@ CASES = {
     "NullSpaceLearner: another module is in the place of ": replaced,
     "NullSpaceLearner.begin_task: a task has begun": lambda: tasks("begin_task", "begin_task"),
     "NullSpaceLearner.end_task: no task has begun": lambda: tasks("end_task"),
+    "NullSpaceLearner.drop_task: no task has begun": lambda: learner().drop_task(),
     "NullSpaceLearner: loader gave no batch": lambda: learner().begin_task([]),
     "NullSpaceLearner: layer ": lambda: learner().begin_task(batches(torch.nan)),
     "NullSpaceLearner: closed": lambda: tasks("begin_task", closed=True),

@@ -267,6 +267,19 @@ class NullSpaceLearner:
         self._hook_gradients()
         _warn_of(frozen, [name for name in layers if name not in grams], "nothing more is protected there")
 
+    def drop_task(self) -> None:
+        """Forgets that a task has begun, as after a loop that failed, so that `begin_task` can be called again.
+
+        Weights stay as they are; what earlier tasks use stays protected.
+
+        Raises:
+            RuntimeError: no task has begun, or the learner is closed.
+        """
+        self._check_usable()
+        if not self.in_task:
+            raise RuntimeError("NullSpaceLearner.drop_task: no task has begun; call begin_task first")
+        self.in_task = False
+
     def use_optimizer(self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
         """Watches the steps of other optimizers of the same model from now on, and no longer those before's.
 

@@ -26,7 +26,7 @@ class Attached:
         self.learner: NullSpaceLearner | None = None
 
     def begin_task(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], loader: Iterable[Any]) -> None:
-        """Begins a task with the loop's present optimizers.
+        """Begins a task with the loop's present optimizers; one that has not ended, as its loop failed, is dropped.
 
         Raises:
             ValueError: the model is another than before.
@@ -40,6 +40,8 @@ class Attached:
             )
         elif optimizers != self.learner.optimizers:
             self.learner.use_optimizer(optimizers)
+        if self.learner.in_task:
+            self.learner.drop_task()
         self.learner.begin_task(loader)
 
     def end_task(self, loader: Iterable[Any]) -> None:

@@ -56,3 +56,14 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     trainer(Classifier(), 0, callback, tmp_path).train()
     with pytest.raises(ValueError, match="got another Classifier than in the task before"):
         trainer(Classifier(), 1, callback, tmp_path).train()
+
+
+def test_a_run_after_a_failed_one(tmp_path: Path) -> None:
+    model, callback = Classifier(), NullSpaceCallback(**ARGUMENTS)
+    failing = trainer(model, 0, callback, tmp_path)
+    failing.training_step = lambda *args: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        failing.train()
+    trainer(model, 0, callback, tmp_path).train()
+    assert callback.learner is not None
+    assert callback.learner.tasks == 1
