@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -124,12 +125,53 @@ def test_states_that_do_not_fit_are_refused_by_name(tmp_path):
     bent["protected"]["0"]["product"] = torch.zeros(1, 2, 3)
     with pytest.raises(ValueError, match=r"layer '0': product has shape \(1, 2, 3\)"):
         other.load_state_dict(bent)
+    assert other.capacity() == make()[2].capacity()
     learner.save(tmp_path / "learner.pt")
     whole = (tmp_path / "learner.pt").read_bytes()
     for damaged in (b"", b"nonsense", whole[: len(whole) // 2]):
         (tmp_path / "learner.pt").write_bytes(damaged)
         with pytest.raises(ValueError, match="is damaged or no learner's state"):
             other.load(tmp_path / "learner.pt")
+
+
+def damages(state):
+    """A state's copies that lack an entry or have one of another kind, and where; `state` is as before in the end."""
+    for parts in ((), ("policy",), ("protected", "0"), ("next_rank",), ("factors", "0")):
+        part = functools.reduce(dict.__getitem__, parts, state)
+        for key, value in list(part.items()):
+            del part[key]
+            yield (*parts, key), state
+            for other in ("gone", 2.5, {"zz": {}}, torch.full((2, 2), torch.nan), [torch.zeros(7, 9)]):
+                part[key] = other
+                yield (*parts, key, other), state
+            part[key] = value
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # a tensor asked for an entry by name
+def test_damaged_states_are_refused_and_change_nothing():
+    _, _, learner = make()
+    learner.begin_task(task(0))
+    learner.end_task(task(0))
+    learner.begin_task(task(1))
+    model, _, other = make()
+    before = str(other.summary()), other.memory()
+    for where, damaged in damages(learner.state_dict()):
+        with pytest.raises(ValueError, match=r"^NullSpaceLearner\.load_state_dict: "):
+            other.load_state_dict(damaged)
+        assert (str(other.summary()), other.memory()) == before, where
+        assert not any(layer.is_calibrated for layer in other._layers.values()), where
+        assert all(parameter.requires_grad for parameter in model.parameters()), where
+
+
+def test_a_state_of_a_gpu_is_loaded_without_one(tmp_path, monkeypatch):
+    _, _, learner = make()
+    learner.begin_task(task(0))
+    learner.end_task(task(0))
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    learner.save(tmp_path / "learner.pt")
+    _, _, other = make()
+    other.load(tmp_path / "learner.pt")
+    assert other.capacity() == learner.capacity()
 
 
 def test_a_model_with_a_learner_saves_what_a_plain_one_loads():

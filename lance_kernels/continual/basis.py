@@ -151,6 +151,8 @@ class Basis:
                 f"basis with pivots {tuple(pivots.shape)}, packed {tuple(packed.shape)}, does not fit {self.groups} "
                 f"groups of size {self.size}"
             )
+        if not bool(packed.isfinite().all()):
+            raise ValueError("basis holds NaN or infinity")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave and `check_state` found right."""

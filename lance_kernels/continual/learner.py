@@ -18,13 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from lance_kernels.config import LanceConfig, _compiles
+from lance_kernels.continual.factors import check_factors, factors_state, load_factors
 from lance_kernels.continual.gather import Found, Gatherer, protected_directions
-from lance_kernels.continual.layers import PatchConvolution, PatchFactors, keep_patches_
+from lance_kernels.continual.layers import PatchConvolution, keep_patches_
 from lance_kernels.continual.policy import After, Policy
 from lance_kernels.continual.protection import Protection
 from lance_kernels.convert import Summary, compress_, compressed_layers, is_dtensor, revert_
 from lance_kernels.nn._compressed import CompressedLayer
-from lance_kernels.nn._state import absolute_name
 from lance_kernels.ops._checks import FLOATING
 from lance_kernels.state import atomic_save, share_factors
 
@@ -319,7 +319,6 @@ class NullSpaceLearner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the model's and the optimizer's own states, as plain values and tensors."""
-        names = {layer: name for name, layer in self._layers.items()}
         return {
             "format": FORMAT,
             "tasks": self.tasks,
@@ -327,9 +326,7 @@ class NullSpaceLearner:
             "next_rank": dict(self._next_rank),
             "policy": self.policy.state_dict(),
             "protected": {name: protection.state_dict() for name, protection in self._protected.items()},
-            "factors": {
-                name: _factors_state(layer, names) for name, layer in self._layers.items() if layer.is_calibrated
-            },
+            "factors": factors_state(self._layers),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -343,32 +340,19 @@ class NullSpaceLearner:
             RuntimeError: the learner is closed.
         """
         self._check_usable()
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ValueError(f"NullSpaceLearner.load_state_dict: state is no learner's of format {FORMAT}")
-        missing = sorted(set(state["protected"]) ^ set(self._protected))
-        if missing:
-            raise ValueError(
-                f"NullSpaceLearner.load_state_dict: layers {missing} are protected in the state or in the model, not "
-                "in both"
-            )
-        for name, protection in self._protected.items():
-            try:
-                protection.check_state(state["protected"][name])
-            except ValueError as error:
-                raise ValueError(f"NullSpaceLearner.load_state_dict: layer {name!r}: {error}") from error
-        self.policy.check_state(state["policy"])
+        try:
+            self._check_state(state)
+        except ValueError as error:
+            raise ValueError(f"NullSpaceLearner.load_state_dict: {error}") from error
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"NullSpaceLearner.load_state_dict: state is damaged ({reason})") from error
         for name, protection in self._protected.items():
             protection.load_state_dict(state["protected"][name])
         self.policy.load_state_dict(state["policy"])
         self.tasks, self.in_task = int(state["tasks"]), bool(state["in_task"])
         self._next_rank = dict(state["next_rank"])
-        for layer in self._layers.values():
-            layer.lance_clear_factors()
-        for name, factors in state["factors"].items():
-            _set_factors(self._layers[name], factors)
-        for name, factors in state["factors"].items():
-            if factors["owner"]:
-                self._layers[name].lance_use_factors_of(self._owner(name, factors["owner"]), factors["owner"])
+        load_factors(self._layers, state["factors"])
         self._hook_gradients()
 
     def save(self, path: str | Path) -> None:
@@ -383,7 +367,7 @@ class NullSpaceLearner:
         """
         with Path(path).open("rb") as file:
             try:
-                state = torch.load(file, weights_only=True)
+                state = torch.load(file, map_location="cpu", weights_only=True)
             except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
                 reason = str(error).partition("\n")[0]
                 raise ValueError(
@@ -428,6 +412,23 @@ class NullSpaceLearner:
                 "of the model, and requires_grad=False where a weight is not trained"
             )
 
+    def _check_state(self, state: dict[str, Any]) -> None:
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise ValueError(f"state is no learner's of format {FORMAT}")
+        for entry in ("protected", "next_rank"):
+            if different := sorted(set(state[entry]) ^ set(self._protected)):
+                raise ValueError(f"layers {different} are protected in the state or in the model, not in both")
+        for name, protection in self._protected.items():
+            try:
+                protection.check_state(state["protected"][name])
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}: {error}") from error
+        self.policy.check_state(state["policy"])
+        check_factors(self._layers, state["factors"])
+        numbers = {"tasks": state["tasks"], "in_task": state["in_task"], **state["next_rank"]}
+        if wrong := [name for name, number in numbers.items() if not isinstance(number, int)]:
+            raise ValueError(f"{wrong} are no numbers")
+
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         with torch.no_grad():
             self.policy.look_at_heads()
@@ -470,12 +471,6 @@ class NullSpaceLearner:
     def _gatherer(self, loader: Iterable[Any]) -> Gatherer:
         batches = list(islice(loader, self.max_batches)) if isinstance(loader, Iterator) else loader
         return Gatherer(self.model, batches, self.max_batches, self.progress)
-
-    def _owner(self, name: str, relative: str) -> CompressedLayer:
-        owner = self._layers.get(absolute_name(relative, name) or "")
-        if owner is None:
-            raise ValueError(f"NullSpaceLearner.load_state_dict: layer {name!r} shares factors with {relative!r}")
-        return owner
 
     def _weights(self) -> list[torch.Tensor]:
         return [protection.layer.weight for protection in self._protected.values()]
@@ -561,24 +556,3 @@ def _keeps_free_core(layer: CompressedLayer) -> bool:
     if isinstance(layer, PatchConvolution):
         return layer.lance_patch is not None
     return layer.is_calibrated
-
-
-def _factors_state(layer: CompressedLayer, names: dict[CompressedLayer, str]) -> dict[str, Any]:
-    patch = layer.lance_patch if isinstance(layer, PatchConvolution) else None
-    owner = "" if layer._lance_owner is None else layer._lance_owner[1]
-    return {
-        "owner": owner,
-        "tucker": [] if owner else list(layer.factors),
-        "patch": None if patch is None else [patch.factor, *patch.spatial],
-        "core_bits": layer.lance_core_bits,
-    }
-
-
-def _set_factors(layer: CompressedLayer, state: dict[str, Any]) -> None:
-    layer.lance_core_bits = int(state["core_bits"])
-    if state["patch"] is not None:
-        assert isinstance(layer, PatchConvolution)
-        factor, *spatial = state["patch"]
-        layer.set_patch_factors(PatchFactors(factor, list(spatial)).to(layer.weight.device))
-    elif state["tucker"]:
-        layer.set_factors(state["tucker"])

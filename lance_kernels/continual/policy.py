@@ -122,8 +122,13 @@ class Policy:
         """Refuses what `state_dict` of another model's gave.
 
         Raises:
-            ValueError: the model lacks a parameter.
+            ValueError: the model lacks a parameter, or an entry is no such value.
         """
+        lists = isinstance(state["frozen"], list) and isinstance(state["trained_heads"], list)
+        if not lists or not all(isinstance(name, str) for name in state["trained_heads"]):
+            raise ValueError(f"policy is {state!r}; expected lists of names")
+        if not isinstance(state["still"], bool):
+            raise ValueError(f"policy's still is {state['still']!r}; expected True or False")
         parameters = dict(self.model.named_parameters())
         missing = [name for name in state["frozen"] if name not in parameters]
         if missing:

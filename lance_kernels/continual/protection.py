@@ -144,6 +144,10 @@ class Protection:
         shape = (self.groups, self.layer.weight.shape[0] // self.groups, int(state["pivots"].sum(1).max()))
         if product is not None and tuple(product.shape) != shape:
             raise ValueError(f"product has shape {tuple(product.shape)}; expected {shape}")
+        if product is not None and not bool(product.isfinite().all()):
+            raise ValueError("product holds NaN or infinity")
+        if not isinstance(state["seed"], int):
+            raise ValueError(f"seed is {state['seed']!r}; expected an integer")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave and `check_state` found right."""
