@@ -15,7 +15,6 @@ from torch.nn.utils import parametrize
 
 from lance_kernels.nn.companions.calls import WithCompanionCalls, with_companion_calls
 from lance_kernels.nn.companions.exact import EXACT
-from lance_kernels.nn.companions.fusion import find_pairs
 from lance_kernels.nn.companions.quantized import QUANTIZED, SMALLEST
 
 MODULES: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
@@ -60,8 +59,6 @@ def apply_companions(
     if level not in MODULES:
         raise ValueError(f"apply_companions: level is {level!r}; expected 'none' or one of {sorted(MODULES)}")
     rows = []
-    # Before the classes change: a pair is found by what the plain modules are.
-    pairs = {name: find_pairs(module) for name, module in model.named_modules()}
     for name, module in list(model.named_modules()):
         kind = type(module)
         reason = _reason_to_leave(module)
@@ -73,19 +70,14 @@ def apply_companions(
                 module.__class__ = drop_in
             rows.append((name, kind.__name__, f"swapped, {level}" if reason is None else f"left alone, {reason}"))
             continue
-        found, untraced = pairs[name]
-        if reason is not None or not (_has_own_forward(kind) or found) or (skip is not None and skip(module, name)):
+        if reason is not None or not _has_own_forward(kind) or (skip is not None and skip(module, name)):
             continue
         try:
             module.__class__ = with_companion_calls(kind, level)
         except TypeError as error:
             rows.append((name, kind.__name__, f"left alone, its class takes no subclass ({error})"))
             continue
-        if found:
-            # A tuple: an attribute that is a module would become a child.
-            vars(module)["lance_pairs"] = found
-        done = f"functional calls replaced, {level}"
-        rows.append((name, kind.__name__, done if untraced is None else f"{done}; {untraced}"))
+        rows.append((name, kind.__name__, f"functional calls replaced, {level}"))
     return rows
 
 
@@ -95,25 +87,18 @@ def remove_companions(model: nn.Module) -> None:
         plain = _plain_type(type(module))
         if plain is not None:
             module.__class__ = plain
-            vars(module).pop("lance_pairs", None)
 
 
 @contextmanager
 def companions_suspended(model: nn.Module) -> Iterator[None]:
     """Within this context the model's companions are the plain modules they came from."""
-    swapped = [
-        (module, type(module), vars(module).get("lance_pairs"))
-        for module in model.modules()
-        if _plain_type(type(module)) is not None
-    ]
+    swapped = [(module, type(module)) for module in model.modules() if _plain_type(type(module)) is not None]
     remove_companions(model)
     try:
         yield
     finally:
-        for module, kind, pairs in swapped:
+        for module, kind in swapped:
             module.__class__ = kind
-            if pairs is not None:
-                vars(module)["lance_pairs"] = pairs
 
 
 def _plain_type(kind: type[nn.Module]) -> type[nn.Module] | None:

@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 
 from lance_kernels.nn.companions import functional as companion
 from lance_kernels.nn.companions import functional_quantized as quantized
-from lance_kernels.nn.companions.fusion import fusing
 from lance_kernels.ops import activation_of
 
 Table = Mapping[Any, Callable[..., Any]]
@@ -259,10 +258,7 @@ def _make_subclass(plain_type: type[nn.Module], level: str) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if kind is not None and not torch.compiler.is_compiling() and companion.takes(args[0] if args else None):
             return activation_of(functools.partial(plain_type.forward, self), args[0], kind, _BITS[level])
-        if torch.compiler.is_compiling() or "lance_pairs" not in vars(self):
-            with companion_calls(level):
-                return plain_type.forward(self, *args, **kwargs)
-        with companion_calls(level), fusing(self):
+        with companion_calls(level):
             return plain_type.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 import lance_kernels.ops as ops
 from lance_kernels.nn.companions import functional as companion
-from lance_kernels.nn.companions.fusion import note_activated, partner_bound
+from lance_kernels.nn.companions.fusion import consuming_relu, note_activated
 
 
 class ReLU(nn.ReLU):
     """`torch.nn.ReLU` that keeps 1 bit an element."""
+
+    lance_bound: ClassVar[float | None] = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return companion.relu(input, self.inplace)
@@ -28,6 +30,8 @@ class Hardtanh(nn.Hardtanh):
 
 class ReLU6(nn.ReLU6):
     """`torch.nn.ReLU6` that keeps 1 bit an element."""
+
+    lance_bound: ClassVar[float | None] = 6.0
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return companion.relu6(input, self.inplace)
@@ -57,8 +61,9 @@ class FrozenBatchNorm(nn.modules.batchnorm._BatchNorm):
             return y
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         vectors = (self.weight, self.bias, self.running_mean, self.running_var, self.eps)
-        paired, high = partner_bound(self)
-        if paired and companion.takes(input) and not any(p.requires_grad for p in self.parameters(recurse=False)):
+        frozen = companion.takes(input) and not any(p.requires_grad for p in self.parameters(recurse=False))
+        paired, high = consuming_relu(self) if frozen else (False, None)
+        if paired:
             y = ops.batch_norm_relu_frozen(input, *vectors, high)
             note_activated(y, high)
             return y

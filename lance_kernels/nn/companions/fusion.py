@@ -1,159 +1,210 @@
 """Frozen batch norm and the ReLU that consumes it in one pass.
 
-Which ReLU consumes a batch norm's result is read, when companions are applied, from a symbolic trace of the `forward`
-of the module that owns the batch norm: the result has to have one consumer, a ReLU or ReLU6. Functions that the
-`forward` calls by a global name are not looked into, so only what stands in it has to be traceable. A `forward` that
-cannot be traced has no pairs, which `apply_companions` says. At run time the batch norm computes both and notes its
-result as pending; the ReLU that is handed exactly that tensor passes it on. So one ReLU module may serve several batch
-norms. The pairs of a module count only while its own `forward` runs; a pending result left over at the end is an error,
-for the model was changed since.
+A batch norm that runs looks at the source of the call that it is in: where the result goes to a ReLU and
+to nothing else, and nothing else happens before, it computes both and notes the result; a ReLU that is handed exactly
+that tensor passes it on. That is so in `relu(norm(x))`, in two statements that follow each other,
+
+    y = norm(x)
+    y = relu(y)  # or return relu(y), or either within `if relu is not None:`
+
+and between neighbours in an `nn.Sequential`. The model is neither run for it nor changed, and the call decides anew
+each time, so flags and modules may change. A `forward` without its source has no pairs, and none has in Python 3.10,
+which does not say which call of a line runs.
 
 Under `torch.compile` nothing is paired: the compiler fuses the two itself.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
+import sys
 import threading
 import types
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _RELU_CALLS = {F.relu: None, torch.relu: None, torch.relu_: None, F.relu6: 6.0}
-_RELU_METHODS = ("relu", "relu_")
+# The files between a call of a batch norm and its companion's forward.
+_BETWEEN = (nn.modules.module.__name__, "lance_kernels.nn.companions.exact", "lance_kernels.nn.companions.quantized")
 
-# A batch norm, the module that consumes its result (None for a functional call), and the bound of that ReLU.
-Pair = tuple[nn.Module, nn.Module | None, float | None]
-
-
-class _Tracer(fx.Tracer):
-    """Traces one `forward` and nothing that it calls."""
-
-    def __init__(self, module: nn.Module) -> None:
-        forward = inspect.unwrap(type(module).forward)
-        names = getattr(getattr(forward, "__code__", None), "co_names", ())
-        called = [getattr(forward, "__globals__", {}).get(name) for name in names]
-        super().__init__(autowrap_functions=tuple(f for f in called if isinstance(f, types.FunctionType)))
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-    def create_arg(self, a: Any) -> Any:
-        # The graph is read and never run.
-        return None if isinstance(a, nn.Module) else super().create_arg(a)
+Names = tuple[str, ...]  # of a dotted expression; empty for a method of the tensor
+Place = tuple[int | None, int | None, int | None, int | None]  # of a call: lines and columns, first and last
+Consumer = tuple[Names, str | None]  # what is called with a result, and the variable that holds the result between
 
 
-def find_pairs(module: nn.Module) -> tuple[tuple[Pair, ...], str | None]:
-    """The batch norms among a module's children whose result goes to one ReLU and nowhere else.
-
-    Args:
-        module: any module.
-
-    Returns:
-        The pairs, and why there are none where the `forward` of a module with batch norms cannot be traced.
-    """
-    children = dict(module.named_children())
-    if not any(type(child) in _BATCH_NORMS for child in children.values()):
-        return (), None
-    try:
-        nodes = list(_Tracer(module).trace(module).nodes)
-    except Exception as error:  # any Python may stand in a forward
-        reason = str(error).partition("\n")[0]
-        return (), f"its batch norms are not fused with ReLUs, torch.fx cannot trace its forward ({reason})"
-    calls = [node.target for node in nodes if node.op == "call_module"]
-    pairs = []
-    for node in nodes:
-        norm = children.get(str(node.target)) if node.op == "call_module" else None
-        if norm is None or type(norm) not in _BATCH_NORMS or calls.count(node.target) > 1 or len(node.users) != 1:
-            continue
-        found = _relu_of(next(iter(node.users)), node, children)
-        if found is not None:
-            pairs.append((norm, *found))
-    return tuple(pairs), None
+def consuming_relu(norm: nn.Module) -> tuple[bool, float | None]:
+    """Whether the result of a batch norm that runs now goes to a ReLU alone and next, and that ReLU's upper bound."""
+    if torch.compiler.is_compiling() or nn.modules.module._has_any_global_hook() or not _untouched(norm):
+        return False, None
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
+        frame = frame.f_back
+    if frame is None:
+        return False, None
+    if frame.f_code is nn.Sequential.forward.__code__:
+        children = [*frame.f_locals["self"], None]
+        places = [place for place, child in enumerate(children) if child is norm]
+        return _bound(children[places[0] + 1]) if len(places) == 1 else (False, None)
+    names = _consumers(frame.f_code).get(frame.f_lasti)
+    if not names:
+        return names is not None, None
+    return _bound(_value(frame, names))
 
 
-def _relu_of(
-    user: fx.Node, node: fx.Node, children: dict[str, nn.Module]
-) -> tuple[nn.Module | None, float | None] | None:
-    if not user.args or user.args[0] is not node:
-        return None
-    if user.op == "call_module":
-        relu = children.get(str(user.target))
-        if type(relu) is nn.ReLU:
-            return relu, None
-        return (relu, 6.0) if type(relu) is nn.ReLU6 else None
-    if user.op == "call_function" and user.target in _RELU_CALLS:
-        return None, _RELU_CALLS[user.target]
-    return (None, None) if user.op == "call_method" and user.target in _RELU_METHODS else None
-
-
-class _Frame:
-    """One running `forward` with pairs: the batch norms' partners, and results that wait for their ReLU."""
-
-    def __init__(self, pairs: tuple[Pair, ...]) -> None:
-        self.partners = {id(norm): (relu, high) for norm, relu, high in pairs}
-        self.pending: list[tuple[torch.Tensor, float | None]] = []
-
-
-class _Frames(threading.local):
-    def __init__(self) -> None:
-        self.stack: list[_Frame] = []
-
-
-_frames = _Frames()
-
-
-@contextmanager
-def fusing(module: nn.Module) -> Iterator[None]:
-    """Within this context the pairs found for a module count."""
-    pairs: tuple[Pair, ...] = vars(module).get("lance_pairs", ())
-    frame = _Frame(pairs)
-    _frames.stack.append(frame)
-    try:
-        yield
-    finally:
-        _frames.stack.pop()
-    if frame.pending:
-        raise RuntimeError(
-            f"{type(module).__name__}: a frozen batch norm's result, computed together with its ReLU, did not reach "
-            "that ReLU; the model was changed after its companions were applied: revert and apply them again"
-        )
-
-
-def _without_hooks(module: nn.Module) -> bool:
+def _untouched(module: nn.Module) -> bool:
+    """Whether nothing but the forward of the module's class sees its input and result."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks)
+    return not any(hooks) and "forward" not in vars(module)
 
 
-def partner_bound(norm: nn.Module) -> tuple[bool, float | None]:
-    """Whether a batch norm's result goes to a ReLU now, and that ReLU's upper bound."""
-    if torch.compiler.is_compiling() or not _frames.stack:
-        return False, None
-    found = _frames.stack[-1].partners.get(id(norm))
-    if found is None or nn.modules.module._has_any_global_hook():
-        return False, None
-    relu, high = found
-    return _without_hooks(norm) and (relu is None or _without_hooks(relu)), high
+def _bound(consumer: Any) -> tuple[bool, float | None]:
+    if isinstance(consumer, nn.Module):
+        own = vars(type(consumer))
+        return "lance_bound" in own and _untouched(consumer), own.get("lance_bound")
+    return next(((True, high) for call, high in _RELU_CALLS.items() if call is consumer), (False, None))
+
+
+def _value(frame: types.FrameType, names: Names) -> Any:
+    """A dotted expression's value, found without running any code."""
+    value = frame.f_locals.get(names[0], frame.f_globals.get(names[0]))
+    for name in names[1:]:
+        if isinstance(value, nn.Module) and not hasattr(type(value), name):
+            value = value._modules.get(name, vars(value).get(name))
+        else:
+            value = vars(value).get(name) if isinstance(value, types.ModuleType) else None
+    return value
+
+
+@functools.lru_cache(maxsize=4096)
+def _consumers(code: types.CodeType) -> dict[int, Names]:
+    """What is called with a call's result alone and next, by the call's instruction."""
+    if sys.version_info < (3, 11):
+        return {}
+    try:
+        found, codes = _read("".join(inspect.findsource(code)[0]), code.co_filename)
+    except (OSError, SyntaxError, ValueError):
+        return {}
+    # A file may have been edited since it was imported.
+    if _identity(code) not in codes:
+        return {}
+    consumers = {}
+    for position, place in enumerate(code.co_positions()):
+        names, variable = found.get(place, (None, None))
+        local = variable is None or (variable in code.co_varnames and variable not in code.co_cellvars)
+        if names is not None and local:
+            consumers[2 * position] = names
+    return consumers
+
+
+@functools.lru_cache(maxsize=64)
+def _read(source: str, filename: str) -> tuple[dict[Place, Consumer], set[Any]]:
+    """The consumers of a file's calls, and what its functions compile to."""
+    tree = ast.parse(source)
+    found: dict[Place, Consumer] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            names, inner = _relu_call(node)
+            if names is not None and isinstance(inner, ast.Call):
+                found[_place(inner)] = (names, None)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            _read_block(node.body, None, found)
+    return found, {_identity(code) for code in _codes(compile(tree, filename, "exec", dont_inherit=True))}
+
+
+def _read_block(block: list[ast.stmt], after: ast.stmt | None, found: dict[Place, Consumer]) -> None:
+    for statement, following in zip(block, [*block[1:], after]):
+        match statement:
+            case ast.If():
+                _read_block(statement.body, following, found)
+                _read_block(statement.orelse, following, found)
+            case ast.For() | ast.While() | ast.With():
+                _read_block(statement.body, None, found)
+            case ast.Assign(targets=[ast.Name(id=variable)], value=ast.Call() as call):
+                names = _last_reader(variable, following)
+                if names is not None:
+                    found[_place(call)] = (names, variable)
+
+
+def _last_reader(variable: str, statement: ast.stmt | None) -> Names | None:
+    """What a statement calls with a local variable that nothing reads after it."""
+    match statement:
+        case ast.Assign(targets=[ast.Name(id=target)], value=ast.Call() as call) if target == variable:
+            names, argument = _relu_call(call)
+        case ast.Return(value=ast.Call() as call):
+            names, argument = _relu_call(call)
+        case ast.If(
+            test=ast.Compare(left=guard, ops=[ast.IsNot()], comparators=[ast.Constant(value=None)]), body=[first, *_]
+        ):
+            names = _last_reader(variable, first)
+            return names if names and names == _dotted(guard) else None
+        case _:
+            return None
+    return names if isinstance(argument, ast.Name) and argument.id == variable else None
+
+
+def _relu_call(call: ast.Call) -> tuple[Names | None, ast.expr | None]:
+    """What a call that may be a ReLU's calls, and its argument."""
+    match call:
+        case ast.Call(func=ast.Attribute(value=tensor, attr="relu" | "relu_"), args=[], keywords=[]):
+            return (), tensor
+        case ast.Call(args=[argument, *rest]):
+            settings = [*rest, *(keyword.value for keyword in call.keywords)]
+            return _dotted(call.func) if all(isinstance(each, ast.Constant) for each in settings) else None, argument
+    return None, None
+
+
+def _dotted(expression: ast.expr) -> Names | None:
+    match expression:
+        case ast.Name(id=name):
+            return (name,)
+        case ast.Attribute(value=value, attr=name):
+            owner = _dotted(value)
+            return None if owner is None else (*owner, name)
+    return None
+
+
+def _place(node: ast.expr) -> Place:
+    return node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _identity(code: types.CodeType) -> Any:
+    return code.co_name, code.co_firstlineno, code.co_code, code.co_names, code.co_varnames, code.co_linetable
+
+
+class _Last(threading.local):
+    """The result of the thread's last pair, its version and the ReLU's bound, until the ReLU has it."""
+
+    noted: tuple[weakref.ref[torch.Tensor], int, float | None] | None = None
+
+
+_last = _Last()
 
 
 def note_activated(y: torch.Tensor, high: float | None) -> None:
     """Notes that a result has gone through its ReLU already."""
-    _frames.stack[-1].pending.append((y, high))
+    _last.noted = weakref.ref(y), y._version, high
 
 
 def already_activated(x: Any, high: float | None) -> bool:
     """Whether a ReLU with this bound was handed a result that has gone through it already."""
-    if torch.compiler.is_compiling() or not _frames.stack:
+    if torch.compiler.is_compiling() or _last.noted is None or not isinstance(x, torch.Tensor):
         return False
-    pending = _frames.stack[-1].pending
-    for position, (y, bound) in enumerate(pending):
-        if y is x and bound == high:
-            del pending[position]
-            return True
-    return False
+    tensor, version, bound = _last.noted
+    if tensor() is not x or bound != high or x._version != version:
+        return False
+    _last.noted = None
+    return True
