@@ -8,17 +8,23 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 import lance_kernels.nn as lance_nn
 from lance_kernels.config import LanceConfig, matches
 from lance_kernels.nn._compressed import CompressedLayer
-from lance_kernels.nn.companions import apply_companions, companions_suspended, remove_companions
+from lance_kernels.nn.companions import (
+    apply_companions,
+    companions_suspended,
+    reason_to_leave,
+    remove_companions,
+    without,
+)
 from lance_kernels.state import forget_loading, prepare_loading
 
 COMPRESSED: dict[type[nn.Module], type[CompressedLayer]] = {
     layer.plain_type: layer for layer in (lance_nn.Linear, lance_nn.Conv1d, lance_nn.Conv2d, lance_nn.Conv3d)
 }
+_PLAIN: dict[type, type[nn.Module]] = {layer: plain for plain, layer in COMPRESSED.items()}
 
 
 @dataclass
@@ -113,7 +119,7 @@ def revert_(model: nn.Module) -> nn.Module:
         for attribute in [name for name in vars(layer) if name.startswith(("lance_", "_lance_"))]:
             delattr(layer, attribute)
         module: nn.Module = layer
-        module.__class__ = layer.plain_type
+        module.__class__ = without(type(layer), _PLAIN.get)
     return model
 
 
@@ -164,10 +170,9 @@ def _reason_to_leave(
 ) -> str | None:
     if type(module).__module__.startswith("torch.ao."):
         return f"quantized ({type(module).__name__})"
-    if parametrize.is_parametrized(module):
-        return "parametrized"
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return "lazy, not initialized yet"
+    reason = reason_to_leave(module)
+    if reason is not None:
+        return reason
     if type(module) not in COMPRESSED:
         return f"subclassed or of another kind ({type(module).__name__})"
     if config.target_modules is not None and not matches(name, config.target_modules):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -240,6 +241,27 @@ def test_parametrizations_put_on_a_compressed_layer(norm):
     parametrize.remove_parametrizations(model.head, "weight")
     assert isinstance(model.head, lance.nn.Linear)
     gradients(model, x, labels)
+
+
+def test_a_parametrized_layer_is_reverted():
+    model, (x, labels) = prepared(companions="none").eval(), data()
+    plain = lance.revert_(copy.deepcopy(model))
+    for one in (model, plain):
+        parametrizations.weight_norm(one.head)
+    lance.revert_(model)
+    assert type(model.head).__mro__[1] is nn.Linear
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model, x, labels), gradients(plain, x, labels)))
+    parametrize.remove_parametrizations(model.head, "weight")
+    assert type(model.head) is nn.Linear
+
+
+def test_layers_whose_forward_was_replaced_are_left():
+    model = Network()
+    for layer in (model.head, model.blocks[0].norm):
+        add_hook_to_module(layer, ModelHook())
+    summary = lance.compress_(model, lance.LanceConfig(companions="quantized"))
+    assert summary.left == {"head": "its forward was replaced"}
+    assert summary.companions["blocks.0.norm"] == "LayerNorm left alone, its forward was replaced"
 
 
 def test_hooks_see_what_they_do_around_plain_layers():

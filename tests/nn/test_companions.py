@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from transformers.activations import ACT2CLS, ACT2FN
 
@@ -220,6 +222,52 @@ def test_nothing_is_held_where_nothing_needs_a_gradient(mixed):
         assert held_bytes(lambda: mixed(X)) == 0
     mixed.requires_grad_(False)
     assert held_bytes(lambda: mixed(X)) == 0
+
+
+def test_an_own_forward_of_an_instance_is_named():
+    model = nn.Sequential(nn.ReLU(), Block())
+    for module in model:
+        module.forward = module.forward
+    rows = apply_companions(model, "exact")
+    for name, kind in (("0", "ReLU"), ("1", "Block")):
+        assert (name, kind, "left alone, its forward was replaced") in rows
+    assert type(model[1]) is Block
+
+
+@pytest.mark.parametrize("take_off", [companions_suspended, lambda model: nullcontext(remove_companions(model))])
+def test_plain_where_a_class_was_made_from_ours(take_off):
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.scale = nn.LayerNorm(12), nn.Parameter(torch.ones(12))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.gelu(self.norm(x) * self.scale)
+
+    def parametrized(model: nn.Module) -> nn.Module:
+        parametrize.register_parametrization(model, "scale", nn.Tanh())
+        parametrize.register_parametrization(model.norm, "weight", nn.Tanh())
+        return model
+
+    model = Scaled()
+    plain = parametrized(copy.deepcopy(model))
+    apply_companions(model, "quantized")
+    kinds = [type(module) for module in parametrized(model).modules()]
+    with take_off(model):
+        assert [type(module).__name__ for module in model.modules()] == [type(m).__name__ for m in plain.modules()]
+        assert_equal(gradients(model, X), gradients(plain, X))
+    if take_off is companions_suspended:
+        assert [type(module) for module in model.modules()] == kinds
+    parametrize.remove_parametrizations(model.norm, "weight")
+    assert isinstance(model.norm, nn.LayerNorm)
+
+
+def test_graph_modules_write_their_forward_anew():
+    model = torch.fx.symbolic_trace(frozen(Block()))
+    expected = gradients(model, X)
+    apply_companions(model, "exact")
+    model.recompile()
+    assert_close(gradients(model, X), expected, 2e-6)
 
 
 def test_skip_and_reasons():

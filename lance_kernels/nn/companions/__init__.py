@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lance_kernels.nn.companions.calls import WithCompanionCalls, with_companion_calls
+from lance_kernels.nn.companions.calls import with_companion_calls
 from lance_kernels.nn.companions.exact import EXACT
 from lance_kernels.nn.companions.quantized import QUANTIZED, SMALLEST
 
@@ -23,7 +23,16 @@ MODULES: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
     "smallest": SMALLEST,
 }
 
-__all__ = ["EXACT", "QUANTIZED", "SMALLEST", "apply_companions", "companions_suspended", "remove_companions"]
+__all__ = [
+    "EXACT",
+    "QUANTIZED",
+    "SMALLEST",
+    "apply_companions",
+    "companions_suspended",
+    "reason_to_leave",
+    "remove_companions",
+    "without",
+]
 
 # Modules of torch.nn whose own forward calls functions of the tables.
 _CALLING = (
@@ -61,7 +70,7 @@ def apply_companions(
     rows = []
     for name, module in list(model.named_modules()):
         kind = type(module)
-        reason = _reason_to_leave(module)
+        reason = reason_to_leave(module)
         drop_in = MODULES[level].get(kind)
         if drop_in is not None:
             if reason is None and skip is not None and skip(module, name):
@@ -70,7 +79,10 @@ def apply_companions(
                 module.__class__ = drop_in
             rows.append((name, kind.__name__, f"swapped, {level}" if reason is None else f"left alone, {reason}"))
             continue
-        if reason is not None or not _has_own_forward(kind) or (skip is not None and skip(module, name)):
+        if not _has_own_forward(kind) or (skip is not None and skip(module, name)):
+            continue
+        if reason is not None:
+            rows.append((name, kind.__name__, f"left alone, {reason}"))
             continue
         try:
             module.__class__ = with_companion_calls(kind, level)
@@ -83,16 +95,14 @@ def apply_companions(
 
 def remove_companions(model: nn.Module) -> None:
     """Gives the model's companions back the classes they had before `apply_companions`."""
-    for module in model.modules():
-        plain = _plain_type(type(module))
-        if plain is not None:
-            module.__class__ = plain
+    for module, plain in _companions(model):
+        module.__class__ = plain
 
 
 @contextmanager
 def companions_suspended(model: nn.Module) -> Iterator[None]:
     """Within this context the model's companions are the plain modules they came from."""
-    swapped = [(module, type(module)) for module in model.modules() if _plain_type(type(module)) is not None]
+    swapped = [(module, type(module)) for module, _ in _companions(model)]
     remove_companions(model)
     try:
         yield
@@ -101,10 +111,35 @@ def companions_suspended(model: nn.Module) -> Iterator[None]:
             module.__class__ = kind
 
 
-def _plain_type(kind: type[nn.Module]) -> type[nn.Module] | None:
-    if issubclass(kind, WithCompanionCalls):
-        return kind.lance_plain_type
-    return _PLAIN.get(kind)
+def without(kind: type, plain_type: Callable[[type], type | None]) -> type:
+    """A module's class with the plain ones in place of ours.
+
+    Args:
+        kind: any class; it may have been made from one of ours, as parametrizing and FSDP2 do.
+        plain_type: gives the plain class of one of ours, None for any other.
+
+    Returns:
+        The plain class, the same class made from the plain one, or `kind` itself if none of ours is among its bases.
+    """
+    plain = plain_type(kind)
+    if plain is not None:
+        return plain
+    bases = tuple(without(base, plain_type) for base in kind.__bases__)
+    if bases == kind.__bases__:
+        return kind
+    members = {name: member for name, member in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    made: type = type(kind)(kind.__name__, bases, members)
+    return made
+
+
+def _companions(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """The model's companions and the classes that they are without."""
+    plain = [(module, without(type(module), _plain_type)) for module in model.modules()]
+    return [(module, kind) for module, kind in plain if kind is not type(module)]
+
+
+def _plain_type(kind: type) -> type | None:
+    return vars(kind).get("lance_plain_type") or _PLAIN.get(kind)
 
 
 def _has_own_forward(kind: type[nn.Module]) -> bool:
@@ -114,14 +149,16 @@ def _has_own_forward(kind: type[nn.Module]) -> bool:
     return package != "lance_kernels" and kind.forward is not nn.Module.forward
 
 
-def _reason_to_leave(module: nn.Module) -> str | None:
+def reason_to_leave(module: nn.Module) -> str | None:
+    """Why a module's class is not swapped, whatever it is."""
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted"
     if parametrize.is_parametrized(module):
         return "parametrized"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy, not initialized yet"
-    return None
+    # It hides the class's.
+    return "its forward was replaced" if "forward" in vars(module) else None
 
 
 _PLAIN = {drop_in: plain for table in MODULES.values() for plain, drop_in in table.items()}
