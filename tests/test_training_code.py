@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -262,6 +264,30 @@ def test_layers_whose_forward_was_replaced_are_left():
     summary = lance.compress_(model, lance.LanceConfig(companions="quantized"))
     assert summary.left == {"head": "its forward was replaced"}
     assert summary.companions["blocks.0.norm"] == "LayerNorm left alone, its forward was replaced"
+
+
+@pytest.fixture
+def accelerator():
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    # What it shares is the process's.
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerate_wraps_and_unwraps(accelerator):
+    # A root with functional calls of its own.
+    x, labels = torch.randn(4, 9, 32), torch.arange(128).view(4, 32) % 9
+    model = prepared(Block(), x, companions="quantized").eval()
+    plain = lance.revert_(copy.deepcopy(model))
+    held = lance.held_bytes(model, x)
+    model = accelerator.prepare(model)
+    with lance.exact(model):
+        exact = lance.held_bytes(model, x)
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    assert lance.held_bytes(model, x) == held
+    lance.revert_(model)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model, x, labels), gradients(plain, x, labels)))
+    plain = accelerator.prepare(plain)
+    assert exact == lance.held_bytes(plain, x)
 
 
 def test_hooks_see_what_they_do_around_plain_layers():

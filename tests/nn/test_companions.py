@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from contextlib import nullcontext
@@ -235,6 +236,15 @@ def test_an_own_forward_of_an_instance_is_named():
 
 
 @pytest.mark.parametrize("take_off", [companions_suspended, lambda model: nullcontext(remove_companions(model))])
+def test_plain_where_an_instance_holds_the_forward(mixed, take_off):
+    expected = gradients(mixed, X)
+    apply_companions(mixed, "quantized")
+    mixed.forward = mixed.forward
+    with take_off(mixed):
+        assert_equal(gradients(mixed, X), expected)
+
+
+@pytest.mark.parametrize("take_off", [companions_suspended, lambda model: nullcontext(remove_companions(model))])
 def test_plain_where_a_class_was_made_from_ours(take_off):
     class Scaled(nn.Module):
         def __init__(self) -> None:
@@ -268,6 +278,12 @@ def test_graph_modules_write_their_forward_anew():
     apply_companions(model, "exact")
     model.recompile()
     assert_close(gradients(model, X), expected, 2e-6)
+
+
+def test_signature(mixed):
+    expected = inspect.signature(mixed.forward)
+    apply_companions(mixed, "exact")
+    assert inspect.signature(mixed.forward) == expected
 
 
 def test_skip_and_reasons():
@@ -493,6 +509,19 @@ def test_transformer_encoder_layer():
     found, *grads = gradients(layer, x)
     assert torch.equal(found, y)
     assert_close(grads, expected, 0.05)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_transformer_encoder_with_padding(frozen):
+    """In eval mode without gradients it takes nested tensors and a path of its own."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval().requires_grad_(not frozen)
+    x, mask = torch.randn(2, 5, 8), torch.arange(5) >= torch.tensor([[5], [3]])
+    expected = encoder(x, src_key_padding_mask=mask)
+    apply_companions(encoder, "quantized")
+    with torch.set_grad_enabled(frozen):
+        found = encoder(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(found[~mask], expected[~mask])
 
 
 def test_autocast(mixed):

@@ -37,6 +37,7 @@ __all__ = [
 # Modules of torch.nn whose own forward calls functions of the tables.
 _CALLING = (
     nn.MultiheadAttention,
+    nn.TransformerEncoder,  # makes nested tensors where no mode is active, which its layers take under none
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -254,12 +255,19 @@ def with_companion_calls(plain_type: type[nn.Module], level: str) -> type[nn.Mod
 def _make_subclass(plain_type: type[nn.Module], level: str) -> type[nn.Module]:
     kind = COMPOSED.get(f"{plain_type.__module__}.{plain_type.__qualname__}") if level in _BITS else None
 
-    @functools.wraps(plain_type.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # An instance may hold this function as its own forward when it has its plain class again.
+        if not isinstance(self, WithCompanionCalls) or not torch.is_grad_enabled():
+            return plain_type.forward(self, *args, **kwargs)
         if kind is not None and not torch.compiler.is_compiling() and companion.takes(args[0] if args else None):
             return activation_of(functools.partial(plain_type.forward, self), args[0], kind, _BITS[level])
         with companion_calls(level):
             return plain_type.forward(self, *args, **kwargs)
+
+    functools.update_wrapper(forward, plain_type.forward)
+    # Accelerate follows __wrapped__ to the function that it takes for the model's own.
+    del forward.__wrapped__  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(plain_type.forward)  # type: ignore[attr-defined]
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807
         # Pickle finds a class by its name, which is the plain one's; copies are made the same way.
