@@ -109,6 +109,11 @@ class Elsewhere(Norm):
         return self.norm(x)
 
 
+class Mapping(Norm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(sum(map(self.norm, (x, x - 1))))
+
+
 class Remembering(Norm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         def remembered() -> torch.Tensor:
@@ -121,7 +126,7 @@ class Remembering(Norm):
             self.kept = remembered()
 
 
-@pytest.mark.parametrize("kind", [Twice, Flag, Skipping, Elsewhere, Remembering])
+@pytest.mark.parametrize("kind", [Twice, Flag, Skipping, Elsewhere, Mapping, Remembering])
 def test_what_something_else_may_read_is_no_pair(kind):
     model = frozen(kind())
     plain = copy.deepcopy(model)

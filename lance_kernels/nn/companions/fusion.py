@@ -1,8 +1,8 @@
 """Frozen batch norm and the ReLU that consumes it in one pass.
 
-A batch norm that runs looks at the source of the call that it is in: where the result goes to a ReLU and
-to nothing else, and nothing else happens before, it computes both and notes the result; a ReLU that is handed exactly
-that tensor passes it on. That is so in `relu(norm(x))`, in two statements that follow each other,
+A batch norm that runs looks at the source of the call that it is in: where the result goes to a ReLU and to nothing
+else, and nothing else happens before, it computes both and notes the result; a ReLU that is handed exactly that tensor
+passes it on. That is so in `relu(norm(x))`, in two statements that follow each other,
 
     y = norm(x)
     y = relu(y)  # or return relu(y), or either within `if relu is not None:`
@@ -36,7 +36,7 @@ _BETWEEN = (nn.modules.module.__name__, "lance_kernels.nn.companions.exact", "la
 
 Names = tuple[str, ...]  # of a dotted expression; empty for a method of the tensor
 Place = tuple[int | None, int | None, int | None, int | None]  # of a call: lines and columns, first and last
-Consumer = tuple[Names, str | None]  # what is called with a result, and the variable that holds the result between
+Pair = tuple[Names, Names]  # what is called, and what is called with its result
 
 
 def consuming_relu(norm: nn.Module) -> tuple[bool, float | None]:
@@ -52,10 +52,11 @@ def consuming_relu(norm: nn.Module) -> tuple[bool, float | None]:
         children = [*frame.f_locals["self"], None]
         places = [place for place, child in enumerate(children) if child is norm]
         return _bound(children[places[0] + 1]) if len(places) == 1 else (False, None)
-    names = _consumers(frame.f_code).get(frame.f_lasti)
-    if not names:
-        return names is not None, None
-    return _bound(_value(frame, names))
+    callee, consumer = _pairs(frame.f_code).get(frame.f_lasti, (None, ()))
+    # Another function, `map` say, may call the batch norm within the call.
+    if callee is None or _value(frame, callee) is not norm:
+        return False, None
+    return _bound(_value(frame, consumer)) if consumer else (True, None)
 
 
 def _untouched(module: nn.Module) -> bool:
@@ -83,8 +84,8 @@ def _value(frame: types.FrameType, names: Names) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _consumers(code: types.CodeType) -> dict[int, Names]:
-    """What is called with a call's result alone and next, by the call's instruction."""
+def _pairs(code: types.CodeType) -> dict[int, Pair]:
+    """What is called, and what is called with its result alone and next, by the first call's instruction."""
     if sys.version_info < (3, 11):
         return {}
     try:
@@ -94,31 +95,32 @@ def _consumers(code: types.CodeType) -> dict[int, Names]:
     # A file may have been edited since it was imported.
     if _identity(code) not in codes:
         return {}
-    consumers = {}
+    pairs = {}
     for position, place in enumerate(code.co_positions()):
-        names, variable = found.get(place, (None, None))
+        pair, variable = found.get(place, (None, None))
         local = variable is None or (variable in code.co_varnames and variable not in code.co_cellvars)
-        if names is not None and local:
-            consumers[2 * position] = names
-    return consumers
+        if pair is not None and local:
+            pairs[2 * position] = pair
+    return pairs
 
 
 @functools.lru_cache(maxsize=64)
-def _read(source: str, filename: str) -> tuple[dict[Place, Consumer], set[Any]]:
-    """The consumers of a file's calls, and what its functions compile to."""
+def _read(source: str, filename: str) -> tuple[dict[Place, tuple[Pair, str | None]], set[Any]]:
+    """A file's pairs, with the variable that holds the result between, and what its functions compile to."""
     tree = ast.parse(source)
-    found: dict[Place, Consumer] = {}
+    found: dict[Place, tuple[Pair, str | None]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            names, inner = _relu_call(node)
-            if names is not None and isinstance(inner, ast.Call):
-                found[_place(inner)] = (names, None)
+            consumer, inner = _relu_call(node)
+            callee = _dotted(inner.func) if isinstance(inner, ast.Call) else None
+            if inner is not None and callee is not None and consumer is not None:
+                found[_place(inner)] = ((callee, consumer), None)
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             _read_block(node.body, None, found)
     return found, {_identity(code) for code in _codes(compile(tree, filename, "exec", dont_inherit=True))}
 
 
-def _read_block(block: list[ast.stmt], after: ast.stmt | None, found: dict[Place, Consumer]) -> None:
+def _read_block(block: list[ast.stmt], after: ast.stmt | None, found: dict[Place, tuple[Pair, str | None]]) -> None:
     for statement, following in zip(block, [*block[1:], after]):
         match statement:
             case ast.If():
@@ -127,9 +129,9 @@ def _read_block(block: list[ast.stmt], after: ast.stmt | None, found: dict[Place
             case ast.For() | ast.While() | ast.With():
                 _read_block(statement.body, None, found)
             case ast.Assign(targets=[ast.Name(id=variable)], value=ast.Call() as call):
-                names = _last_reader(variable, following)
-                if names is not None:
-                    found[_place(call)] = (names, variable)
+                callee, consumer = _dotted(call.func), _last_reader(variable, following)
+                if callee is not None and consumer is not None:
+                    found[_place(call)] = ((callee, consumer), variable)
 
 
 def _last_reader(variable: str, statement: ast.stmt | None) -> Names | None:
