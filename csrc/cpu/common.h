@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -100,6 +101,14 @@ inline std::string list_string(const Sizes& values) {
 
 inline std::string shape_string(const Tensor& tensor) {
   return shape_string(sizes_of(tensor));
+}
+
+// What strides, paddings and dilations may be, so that no sum or product of one with a size overflows.
+constexpr int64_t most_number = (int64_t{1} << 31) - 1;
+
+inline bool all_within(const Sizes& values, int64_t least) {
+  return std::all_of(values.begin(), values.end(),
+                     [least](int64_t value) { return least <= value && value <= most_number; });
 }
 
 inline bool is_floating(ScalarType dtype) {

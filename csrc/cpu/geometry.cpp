@@ -1,13 +1,6 @@
 #include "geometry.h"
 
 namespace lance {
-namespace {
-
-bool all_at_least(const Sizes& values, int64_t least) {
-  return std::all_of(values.begin(), values.end(), [least](int64_t value) { return value >= least; });
-}
-
-}  // namespace
 
 Sizes check_geometry(const char* operation, const Sizes& input_size, const Sizes& weight_size,
                      const Geometry& geometry) {
@@ -18,13 +11,13 @@ Sizes check_geometry(const char* operation, const Sizes& input_size, const Sizes
   const size_t count = static_cast<size_t>(dimensions);
   for (const auto& [argument, values] :
        {std::pair("stride", &geometry.stride), std::pair("dilation", &geometry.dilation)}) {
-    check(values->size() == count && all_at_least(*values, 1), "lance::", operation, ": ", argument, " is ",
-          list_string(*values), "; expected ", dimensions, " numbers of at least 1");
+    check(values->size() == count && all_within(*values, 1), "lance::", operation, ": ", argument, " is ",
+          list_string(*values), "; expected ", dimensions, " numbers from 1 to ", most_number);
   }
   const Sizes& padding = geometry.padding;
-  check((padding.size() == count || padding.size() == 2 * count) && all_at_least(padding, 0), "lance::", operation,
-        ": padding is ", list_string(padding), "; expected ", dimensions, " or ", 2 * dimensions,
-        " numbers of at least 0");
+  check((padding.size() == count || padding.size() == 2 * count) && all_within(padding, 0), "lance::", operation,
+        ": padding is ", list_string(padding), "; expected ", dimensions, " or ", 2 * dimensions, " numbers from 0 to ",
+        most_number);
   const std::string& padding_mode = geometry.padding_mode;
   check(
       padding_mode == "zeros" || padding_mode == "reflect" || padding_mode == "replicate" || padding_mode == "circular",
@@ -44,11 +37,12 @@ Sizes check_geometry(const char* operation, const Sizes& input_size, const Sizes
     check(padding_mode == "zeros" || padding_mode == "replicate" || std::max(before, after) <= limit,
           "lance::", operation, ": padding ", list_string(padding), " is too large for ", padding_mode,
           " padding of an input of size ", shape_string(input_size));
-    const int64_t reach = geometry.dilation[mode] * (taps - 1) + 1;
-    check(taps >= 1 && size + before + after >= reach, "lance::", operation, ": weight has size ",
-          shape_string(weight_size), ", larger than the padded input of size ", shape_string(input_size),
-          " with padding ", list_string(padding), " and dilation ", list_string(geometry.dilation));
-    output.push_back((size + before + after - reach) / geometry.stride[mode] + 1);
+    const int64_t padded = size + before + after;
+    check(taps >= 1 && padded >= 1 && taps - 1 <= (padded - 1) / geometry.dilation[mode], "lance::", operation,
+          ": weight has size ", shape_string(weight_size), ", larger than the padded input of size ",
+          shape_string(input_size), " with padding ", list_string(padding), " and dilation ",
+          list_string(geometry.dilation));
+    output.push_back((padded - 1 - geometry.dilation[mode] * (taps - 1)) / geometry.stride[mode] + 1);
   }
   return output;
 }

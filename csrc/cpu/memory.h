@@ -167,7 +167,8 @@ void permute_copy(const T* from, const Sizes& sizes, const Sizes& strides, void*
 inline int64_t count_of(const Sizes& sizes) {
   int64_t count = 1;
   for (const int64_t size : sizes) {
-    count *= size;
+    check(!__builtin_mul_overflow(count, size, &count), "lance: a tensor of size ", shape_string(sizes),
+          " has too many elements to count");
   }
   return count;
 }

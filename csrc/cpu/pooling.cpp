@@ -37,15 +37,6 @@ int64_t pooled_size(int64_t length, int64_t kernel, int64_t stride, int64_t padd
   return ceil_mode && (count - 1) * stride >= length + padding ? count - 1 : count;
 }
 
-std::string list_string(const Sizes& sizes) {
-  std::ostringstream out;
-  for (size_t index = 0; index < sizes.size(); ++index) {
-    out << (index ? ", " : "[") << sizes[index];
-  }
-  out << (sizes.empty() ? "[]" : "]");
-  return out.str();
-}
-
 void check_window(const Tensor& x, const Sizes& kernel, const Sizes& stride, const Sizes& padding,
                   const Sizes& dilation) {
   const int64_t spatial = static_cast<int64_t>(kernel.size());
@@ -56,16 +47,17 @@ void check_window(const Tensor& x, const Sizes& kernel, const Sizes& stride, con
   bool fits = stride.size() == kernel.size() && padding.size() == kernel.size() && dilation.size() == kernel.size();
   int64_t elements = 1;
   for (size_t index = 0; fits && index < kernel.size(); ++index) {
-    fits = stride[index] > 0 && dilation[index] > 0 && kernel[index] > 0;
-    elements *= kernel[index];
+    fits = all_within({stride[index], dilation[index], kernel[index]}, 1);
+    // Once too large it is left as it is: a further product could overflow.
+    elements = elements > 256 ? elements : elements * kernel[index];
   }
   check(fits, "lance::max_pool: stride ", list_string(stride), ", padding ", list_string(padding), " and dilation ",
-        list_string(dilation), " do not fit the window ", list_string(kernel),
-        "; expected one positive number a spatial dimension");
-  check(elements <= 256, "lance::max_pool: the window ", list_string(kernel), " has ", elements,
-        " elements; expected at most 256, one byte");
+        list_string(dilation), " do not fit the window ", list_string(kernel), "; expected one number from 1 to ",
+        most_number, " a spatial dimension");
+  check(elements <= 256, "lance::max_pool: the window ", list_string(kernel),
+        " has too many elements; expected at most 256, one byte");
   for (size_t index = 0; index < kernel.size(); ++index) {
-    check(padding[index] >= 0 && 2 * padding[index] <= kernel[index], "lance::max_pool: padding is ",
+    check(padding[index] >= 0 && padding[index] <= kernel[index] / 2, "lance::max_pool: padding is ",
           list_string(padding), "; expected at most half the window ", list_string(kernel));
   }
 }

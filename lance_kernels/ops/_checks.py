@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Of a stride, padding or dilation: no sum or product of one with a size overflows.
+MOST_NUMBER = 2**31 - 1
 
 
 def check(condition: bool, message: str) -> None:

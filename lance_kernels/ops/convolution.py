@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import conv_flop_count
 
-from lance_kernels.ops._checks import check, check_factors, check_same, factors_require_grad
+from lance_kernels.ops._checks import MOST_NUMBER, check, check_factors, check_same, factors_require_grad
 from lance_kernels.ops._padding import MODES, pad_pairs, pad_spatial, unpad_spatial_grad
 from lance_kernels.ops._registry import apply, autocast_arguments, define, once_differentiable, without_autocast
 from lance_kernels.ops.linear import check_lengths, core_size, fake_core, keep_core, kept_factors, restore_core
@@ -94,15 +94,16 @@ def check_geometry(
         f"lance::{operator}: weight has size {tuple(weight_size)} and the input {tuple(input_size)}; expected "
         "(O, C / groups, *kernel) and (B, C, *spatial) with one to three spatial modes",
     )
-    for argument, values, least in (("stride", geometry.stride, 1), ("dilation", geometry.dilation, 1)):
+    for argument, values in (("stride", geometry.stride), ("dilation", geometry.dilation)):
         check(
-            len(values) == dimensions and all(value >= least for value in values),
-            f"lance::{operator}: {argument} is {list(values)}; expected {dimensions} numbers of at least {least}",
+            len(values) == dimensions and all(1 <= value <= MOST_NUMBER for value in values),
+            f"lance::{operator}: {argument} is {list(values)}; expected {dimensions} numbers from 1 to {MOST_NUMBER}",
         )
     check(
-        len(geometry.padding) in (dimensions, 2 * dimensions) and all(value >= 0 for value in geometry.padding),
+        len(geometry.padding) in (dimensions, 2 * dimensions)
+        and all(0 <= value <= MOST_NUMBER for value in geometry.padding),
         f"lance::{operator}: padding is {list(geometry.padding)}; expected {dimensions} or {2 * dimensions} numbers "
-        "of at least 0",
+        f"from 0 to {MOST_NUMBER}",
     )
     check(
         geometry.padding_mode in MODES,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lance_kernels.ops._checks import check, check_floating
+from lance_kernels.ops._checks import MOST_NUMBER, check, check_floating
 from lance_kernels.ops._layout import memory_format_of
 from lance_kernels.ops._registry import (
     apply,
@@ -135,16 +135,17 @@ def check_max_pool(
     """Refuses an image or window that max pooling does not take; returns the number of spatial dimensions."""
     spatial = _spatial("max_pool", x, kernel)
     check(
-        len(stride) == len(padding) == len(dilation) == spatial and min(*stride, *dilation, *kernel) > 0,
+        len(stride) == len(padding) == len(dilation) == spatial
+        and all(1 <= number <= MOST_NUMBER for number in (*stride, *dilation, *kernel)),
         f"lance::max_pool: stride {list(stride)}, padding {list(padding)} and dilation {list(dilation)} do not fit the "
-        f"window {list(kernel)}; expected one positive number a spatial dimension",
+        f"window {list(kernel)}; expected one number from 1 to {MOST_NUMBER} a spatial dimension",
     )
     window = 1
     for size in kernel:
         window *= size
     check(
         window <= MAX_WINDOW,
-        f"lance::max_pool: the window {list(kernel)} has {window} elements; expected at most {MAX_WINDOW}, one byte",
+        f"lance::max_pool: the window {list(kernel)} has too many elements; expected at most {MAX_WINDOW}, one byte",
     )
     check(
         all(0 <= 2 * pad <= size for pad, size in zip(padding, kernel)),

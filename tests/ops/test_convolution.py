@@ -215,7 +215,7 @@ VALID = {
         ({"weight": (6, 2, 3)}, r"weight has size \(6, 2, 3\) and the input \(2, 4, 7, 7\)"),
         ({"weight": (6, 2, 10, 3)}, r"larger than the padded input"),
         ({"bias": (5,)}, r"bias has shape \(5,\); expected \(6,\)"),
-        ({"stride": [0, 1]}, r"stride is \[0, 1\]; expected 2 numbers of at least 1"),
+        ({"stride": [0, 1]}, r"stride is \[0, 1\]; expected 2 numbers from 1 to 2147483647"),
         ({"dilation": [1]}, r"dilation is \[1\]; expected 2 numbers"),
         ({"padding": [1, 1, 1]}, r"padding is \[1, 1, 1\]; expected 2 or 4 numbers"),
         ({"padding": [-1, 1]}, r"padding is \[-1, 1\]"),

@@ -295,6 +295,7 @@ def test_refusals_name_the_argument():
     refused("groups is 3; expected a divisor of C", patch_project, x, factor, kernel, stride, padding, dilation, 3)
     refused(r"stride is \[2\]", patch_project, x, factor, kernel, [2], padding, dilation, groups)
     refused("larger than the padded input", patch_project, x, factor, [9, 2], stride, padding, dilation, groups)
+    refused(r"dilation is", patch_project, x, factor, kernel, stride, padding, [2**63 - 1, 1], groups)
     refused("x has dtype torch.int64", patch_project, x.long(), factor, *rest)
     refused(r"gram has shape \(2, 12, 11\); expected \(2, 12, 12\)", patch_gram_, torch.zeros(2, 12, 11), x, *rest)
     refused(r"gram has dtype torch.float32", patch_gram_, torch.zeros(2, 12, 12), x.double(), *rest)
