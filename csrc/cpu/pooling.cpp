@@ -288,18 +288,17 @@ std::array<int64_t, 256> window_positions(const Window& window) {
   return positions;
 }
 
-// Where the window of each output starts.
+// Outside of every input, whatever the offset.
+constexpr int64_t nowhere = std::numeric_limits<int64_t>::min() / 4;
+
+// Where the window of each output starts; `nowhere` for a dilated one that steps over the whole input.
 std::vector<int64_t> window_starts(const Window& window) {
   std::vector<int64_t> starts;
-  for (int64_t d = 0; d < window.out[0]; ++d) {
-    const int64_t depth = (d * window.stride[0] - window.padding[0]) * window.size[1];
-    for (int64_t r = 0; r < window.out[1]; ++r) {
-      const int64_t row = (depth + r * window.stride[1] - window.padding[1]) * window.size[2];
-      for (int64_t c = 0; c < window.out[2]; ++c) {
-        starts.push_back(row + c * window.stride[2] - window.padding[2]);
-      }
-    }
-  }
+  each_output(window, [&](int64_t, const Reach& depth, const Reach& row, const Reach& column) {
+    const bool empty = depth.begin >= depth.end || row.begin >= row.end || column.begin >= column.end;
+    const int64_t start = (depth.start * window.size[1] + row.start) * window.size[2] + column.start;
+    starts.push_back(empty ? nowhere : start);
+  });
   return starts;
 }
 
@@ -322,7 +321,7 @@ bool grad_planes(const Window& window, const T* grad, const uint8_t* offsets, T*
         const int64_t position = starts[output] + positions[at[output]];
         if (static_cast<uint64_t>(position) < static_cast<uint64_t>(inputs)) {
           to[position] = static_cast<T>(to[position] + from[output]);
-        } else {
+        } else if (starts[output] != nowhere) {
           inside = false;
         }
       }
@@ -355,7 +354,7 @@ bool grad_channels(const Window& window, const T* grad, const uint8_t* offsets, 
           if (static_cast<uint64_t>(position) < static_cast<uint64_t>(inputs)) {
             T& sum = to[position * channels + channel];
             sum = static_cast<T>(sum + from[channel]);
-          } else {
+          } else if (starts[output] != nowhere) {
             inside = false;
           }
         }

@@ -47,6 +47,7 @@ def max_pool(
 
     Returns:
         `(B, C, ...)` pooled; values and gradient equal `torch.nn.functional.max_pool2d`'s (`max_pool3d`'s) bit for bit.
+        A dilated window that steps over the whole input gives -inf and has no gradient.
 
     Raises:
         RuntimeError: the numbers do not fit `x`, or the window has more than 256 elements.
@@ -250,13 +251,17 @@ def max_pool_grad_reference(
     spatial = check_max_pool_grad(grad, offsets, size, kernel, stride, padding, dilation, ceil_mode)
     remaining = offsets.long()
     indices = torch.zeros_like(remaining)
+    empty = torch.zeros_like(remaining, dtype=torch.bool)
     inner = 1
     for dim in reversed(range(spatial)):
         position = torch.arange(offsets.shape[offsets.dim() - spatial + dim], device=offsets.device)
         start = (position * stride[dim] - padding[dim]).view([-1] + [1] * (spatial - 1 - dim))
+        # A dilated window may step over the whole input.
+        empty |= torch.where(start < 0, start % dilation[dim], start) >= size[dim]
         indices += (start + remaining % kernel[dim] * dilation[dim]) * inner
         remaining = remaining // kernel[dim]
         inner *= size[dim]
+    grad, indices, remaining = (tensor.masked_fill(empty, 0) for tensor in (grad, indices, remaining))
     if grad.device.type == "cpu":
         check(
             not remaining.any() and bool(((indices >= 0) & (indices < inner)).all()),

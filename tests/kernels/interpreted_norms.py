@@ -94,6 +94,13 @@ def check_max_pool(window: tuple[object, ...], dtype: torch.dtype, last: bool, b
 
 
 def main() -> None:
+def check_windows_outside(dtype: torch.dtype) -> None:
+    window = ([1, 2], [1, 1], [0, 1], [1, 2], False)
+    y, offsets = pooling.max_pool_offsets(torch.randn(2, 3, 2, 1).to(dtype), *window)
+    assert (y == -torch.inf).all()
+    assert (pooling.max_pool_grad(torch.ones_like(y), offsets, [2, 1], *window) == 0).all()
+
+
     torch.manual_seed(0)
     cases = 0
     for shape, dtype, last, affine, high in itertools.product(
@@ -110,6 +117,9 @@ def main() -> None:
         check_max_pool(window, dtype, last, batched)
         cases += 1
     print(f"{cases} cases")
+    for dtype in DTYPES:
+        check_windows_outside(dtype)
+        cases += 1
 
 
 if __name__ == "__main__":

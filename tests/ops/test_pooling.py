@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from lance_kernels.ops import adaptive_avg_pool, avg_pool, max_pool
+from lance_kernels.ops.pooling import max_pool_grad_reference, max_pool_offsets_reference
 from tests.ops.cases import DTYPES, LAYOUTS
 from tests.ops.companion_cases import assert_compiles, assert_same_bits, forward_backward, held_bytes, lay_out
 
@@ -92,6 +93,29 @@ def test_refusals():
         max_pool(x, [2, 2], [1, 1], [2, 0], [1, 1])
     with pytest.raises(RuntimeError, match="two or three spatial"):
         avg_pool(x[0, 0], [2, 2], [1, 1], [0, 0])
+
+
+@pytest.mark.parametrize("grad_of", [torch.ops.lance.max_pool_grad, max_pool_grad_reference])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_windows_outside_the_input_have_no_gradient(layout, grad_of):
+    window = ([1, 2], [1, 1], [0, 1], [1, 2], False)
+    y, offsets = torch.ops.lance.max_pool_offsets(lay_out(torch.randn(2, 3, 2, 1), layout), *window)
+    assert (y == -torch.inf).all()
+    assert (grad_of(torch.ones_like(y), offsets, [2, 1], *window) == 0).all()
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        ([2, 2], [1], [0, 0], [1, 1]),
+        ([2**60, 16], [1, 1], [2**59, 8], [1, 1]),  # as many elements as 64 bits make 0
+        ([3, 1], [1, 1], [0, 0], [2**63 - 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("function", [torch.ops.lance.max_pool_offsets, max_pool_offsets_reference])
+def test_numbers_that_overflow_are_refused(window, function):
+    with pytest.raises(RuntimeError, match="expected one number from 1 to 2147483647"):
+        function(torch.randn(1, 1, 4, 4), *window, False)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
