@@ -161,6 +161,14 @@ decltype(auto) dispatch_accumulation(ScalarType dtype, const Body& body) {
   return dtype == ScalarType::Double ? body(double{}) : body(float{});
 }
 
+// Refuses to add to a tensor of which several entries lie in one place.
+inline void check_not_expanded(const char* operation, const std::string& argument, const Tensor& tensor) {
+  for (int64_t mode = 0; mode < tensor.dim(); ++mode) {
+    check(tensor.size(mode) < 2 || tensor.stride(mode) != 0, "lance::", operation, ": ", argument, " has strides ",
+          list_string(strides_of(tensor)), "; expected a place for each entry, none expanded");
+  }
+}
+
 // Refuses factors that do not fit `tensor`; side 0 compares its modes with the factors' sizes, side 1 with their ranks.
 void check_factors(const char* operation, const char* argument, const Tensor& tensor, const Factors& factors,
                    int64_t side);

@@ -41,6 +41,7 @@ inline Sizes check_grams(const std::vector<Tensor>& grams, const Tensor& x, cons
     const char* device = x.is_cpu() ? "cpu" : "cuda";
     check(gram.is_cpu() == x.is_cpu() && gram.get_device_index() == x.get_device_index(), "lance::mode_grams_: grams[",
           index, "] is not on ", device, "; expected ", device, ", where x is");
+    check_not_expanded("mode_grams_", "grams[" + std::to_string(index) + "]", gram);
   }
   return wrapped;
 }

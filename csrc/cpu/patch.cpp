@@ -349,6 +349,7 @@ void patch_gram_(const Tensor& gram, const Tensor& x, const Sizes& kernel, const
         dtype_name(dtype), "; expected ", wide ? "" : "torch.float32 or ", "torch.float64 for x of ",
         dtype_name(x.scalar_type()));
   check(gram.is_cpu(), "lance::", operation, ": gram is not on cpu; expected cpu, where x is");
+  check_not_expanded(operation, "gram", gram);
   if (x.numel() == 0 || size == 0) {
     return;
   }

@@ -83,6 +83,15 @@ def check_same(operator: str, first: torch.Tensor, others: Sequence[tuple[str, t
         )
 
 
+def check_not_expanded(operator: str, argument: str, tensor: torch.Tensor) -> None:
+    """Refuses to add to a tensor of which several entries lie in one place."""
+    check(
+        all(size < 2 or stride != 0 for size, stride in zip(tensor.shape, tensor.stride())),
+        f"lance::{operator}: {argument} has strides {list(tensor.stride())}; expected a place for each entry, none "
+        "expanded",
+    )
+
+
 def factors_require_grad(factors: Sequence[torch.Tensor | None]) -> bool:
     """Whether any of the factors asks for a gradient, which no operator gives."""
     return any(factor is not None and factor.requires_grad for factor in factors)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lance_kernels.ops._checks import accumulation_dtype, check, check_floating
+from lance_kernels.ops._checks import accumulation_dtype, check, check_floating, check_not_expanded
 from lance_kernels.ops._registry import below_autograd, define, not_differentiable
 
 
@@ -99,6 +99,7 @@ def _check_grams(grams: Sequence[torch.Tensor], x: torch.Tensor, modes: Sequence
             gram.device == x.device,
             f"lance::mode_grams_: grams[{index}] is on {gram.device}; expected {x.device}, where x is",
         )
+        check_not_expanded("mode_grams_", f"grams[{index}]", gram)
     return wrapped
 
 

@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 
-from lance_kernels.ops._checks import accumulation_dtype, check, check_factors, check_floating, check_same
+from lance_kernels.ops._checks import (
+    accumulation_dtype,
+    check,
+    check_factors,
+    check_floating,
+    check_not_expanded,
+    check_same,
+)
 from lance_kernels.ops._padding import pad_spatial
 from lance_kernels.ops._registry import apply, below_autograd, define, not_differentiable, register_triton
 from lance_kernels.ops.convolution import Geometry, _input_grad, _split_padding, check_geometry, output_size
@@ -258,6 +265,7 @@ def _check_gram(gram: torch.Tensor, x: torch.Tensor, kernel: Sequence[int], geom
         gram.device == x.device,
         f"lance::patch_gram_: gram is on {gram.device}; expected {x.device}, where x is",
     )
+    check_not_expanded("patch_gram_", "gram", gram)
 
 
 def patches_of(x: torch.Tensor, kernel: Sequence[int], geometry: Geometry) -> torch.Tensor:
