@@ -43,11 +43,14 @@ T larger(T left, T right) {
   return left != left || left > right ? left : right;
 }
 
-// A row that holds NaN or an infinity comes back as NaN.
+// A row that holds NaN or an infinity comes back as NaN, one whose step has no finite inverse as zero.
 template <typename T>
 float step_of(T largest) {
-  const bool finite = largest <= std::numeric_limits<T>::max();
-  return finite ? static_cast<float>(largest / 127) : std::numeric_limits<float>::quiet_NaN();
+  if (!(largest <= std::numeric_limits<T>::max())) {
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  const float step = static_cast<float>(largest / 127);
+  return 1 / step <= std::numeric_limits<float>::max() ? step : 0;
 }
 
 template <typename T>

@@ -80,10 +80,13 @@ def codes_kernel(
     known = (row < rows)[:, None] & (part < parts)[None, :]
     best = tl.max(tl.load(largest + row[:, None] * parts + part[None, :], mask=known, other=0.0), axis=1)
     finite = best < float("inf")
-    step = tl.where(finite, tl.div_rn(best, 127.0), float("nan"))  # (ROWS,)
+    step = tl.div_rn(best, 127.0)  # (ROWS,)
+    positive = finite & (step > 0)
+    inverse = tl.div_rn(1.0, tl.where(positive, step, 1.0))
+    usable = positive & (inverse < float("inf"))
+    inverse = tl.where(usable, inverse, 0.0)
+    step = tl.where(usable, step, tl.where(finite, 0.0, float("nan")))
     tl.store(steps + row, step, mask=(row < rows) & (tl.program_id(1) == 0))
-    usable = finite & (step > 0)
-    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, step, 1.0)), 0.0)
     inside = (row < rows)[:, None] & (item < items)[None, :]
     place = ((item // inner)[None, :] * rows + row[:, None]) * inner + (item % inner)[None, :]
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)

@@ -2,7 +2,8 @@
 
 The memory of a tensor is read as `(outer, rows, inner)`; a row has one step, the largest deviation from its center over
 127, and `code = round((x - center) / step)`. The error of an element is at most half its row's step. A row that holds
-NaN or an infinity comes back as NaN.
+NaN or an infinity comes back as NaN, and so does one of float64 whose step is beyond float32 (deviations above 4.3e40).
+A row whose step has no finite inverse in float32 (deviations below 3.8e-37) comes back as zeros.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def quantize_reference(
         flat = flat - center.to(flat.dtype)[:, None]
     largest = flat.abs().amax(dim=(0, 2))
     steps = torch.where(largest.isfinite(), largest / 127, torch.nan).to(torch.float32)
+    steps = torch.where((1 / steps).isinf(), 0.0, steps)
     inverse = torch.where(steps > 0, 1 / steps, 0.0).to(flat.dtype)
     codes = torch.round(flat * inverse[:, None]).nan_to_num(0).clamp(-127, 127)
     return codes.to(torch.int8).view(-1), steps

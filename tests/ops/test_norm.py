@@ -17,6 +17,7 @@ from lance_kernels.ops import (
     quantize_rows,
     rms_norm,
 )
+from lance_kernels.ops.quantize_rows import quantize_reference
 from tests.ops.cases import DTYPES, LAYOUTS
 from tests.ops.companion_cases import assert_compiles, forward_backward, held_bytes, lay_out
 
@@ -61,6 +62,16 @@ def test_a_row_with_nan_or_infinity_comes_back_as_nan():
     assert back[[0, 3]].isfinite().all()
     zero_codes, zero_steps = quantize_rows(torch.zeros(2, 3), None, 1, 2, [0, 1])
     assert torch.equal(dequantize_rows(zero_codes, zero_steps, 1, torch.empty(2, 3), [0, 1]), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("quantize", [torch.ops.lance.quantize_rows, quantize_reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_whose_step_has_no_inverse_is_zero(quantize, dtype):
+    x = torch.tensor([[0.0, 3e-37, -3e-37], [0.0, 4e-37, -4e-37]], dtype=dtype)
+    codes, steps = quantize(x, None, 1, 2, [0, 1])
+    assert codes.tolist() == [0, 0, 0, 0, 127, -127]
+    assert steps[0] == 0
+    assert steps[1] > 0
 
 
 def rounded(x, center, outer, rows, order=None):
