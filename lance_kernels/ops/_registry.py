@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from lance_kernels.ops._checks import check
@@ -144,7 +145,8 @@ def once_differentiable(name: str) -> Callable[[Kernel], Kernel]:
     """Decorates an `autograd.Function`'s backward: a second backward pass through it raises.
 
     PyTorch's decorator of this name lets a second derivative vanish when the incoming gradient is a constant; here,
-    under `create_graph=True`, every gradient carries the node that raises.
+    under `create_graph=True`, every gradient carries the node that raises. It hangs on the incoming gradient and on
+    the leaves behind the operator's inputs, since a pass that is asked for some leaves only skips what leads to none.
 
     Args:
         name: the operator's name in the `lance` namespace.
@@ -152,8 +154,8 @@ def once_differentiable(name: str) -> Callable[[Kernel], Kernel]:
 
     class Refuse(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, anchor: torch.Tensor, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return tuple(grad.view_as(grad) for grad in grads)
+        def forward(ctx: Any, sources: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(grad.view_as(grad) for grad in tensors[sources:])
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
@@ -169,13 +171,51 @@ def once_differentiable(name: str) -> Callable[[Kernel], Kernel]:
                 grads = backward(ctx, *grad_outputs)
             if not torch.is_grad_enabled():
                 return grads
-            anchor = torch.empty(0, requires_grad=True)
-            guarded = iter(apply(Refuse, anchor, *(grad for grad in grads if grad is not None)))
+            # The first serves where the leaves are not known, as under torch.func.
+            sources = [torch.empty(0, requires_grad=True), *_leaves(ctx), *_tensors(grad_outputs)]
+            guarded = iter(apply(Refuse, len(sources), *sources, *_tensors(grads)))
             return tuple(None if grad is None else next(guarded) for grad in grads)
 
         return once
 
     return decorate
+
+
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def _leaves(node: Any) -> list[torch.Tensor]:
+    """The leaves that a node of the graph leads to."""
+    found, seen, open_nodes = [], {node}, [node]
+    while open_nodes:
+        for following, _ in open_nodes.pop().next_functions:
+            if following is None or following in seen:
+                continue
+            seen.add(following)
+            open_nodes.append(following)
+            if hasattr(following, "variable"):
+                found.append(following.variable)
+    return found
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether a backward pass has to be recorded for any of the tensors.
+
+    Raises:
+        RuntimeError: one of them has a tangent: below autograd it would get lost.
+    """
+    if forward_ad._current_level >= 0:
+        check(
+            all(forward_ad.unpack_dual(tensor).tangent is None for tensor in _tensors(tensors)),
+            "lance: no operator has a forward-mode derivative; use lance_kernels.exact(model) for it",
+        )
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def written(*tensors: torch.Tensor) -> None:
+    """Tells autograd that an operator wrote to the tensors, so that it does not take them for what it saved."""
+    torch.autograd.graph.increment_version(tensor for tensor in tensors if not tensor.is_inference())
 
 
 def not_differentiable(name: str) -> Kernel:
@@ -196,8 +236,8 @@ def not_differentiable(name: str) -> Kernel:
             raise RuntimeError(f"lance::{name} has no derivative; detach its inputs or call it under torch.no_grad()")
 
     def kernel(*args: Any) -> Any:
-        tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        tensors = _tensors(torch.utils._pytree.tree_leaves(args))
+        if needs_grad(*tensors):
             return apply(Refuse, args, *tensors)
         with below_autograd():
             return getattr(torch.ops.lance, name)(*args)

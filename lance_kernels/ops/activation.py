@@ -21,6 +21,7 @@ from lance_kernels.ops._registry import (
     apply,
     below_autograd,
     define,
+    needs_grad,
     not_differentiable,
     once_differentiable,
     register_triton,
@@ -284,7 +285,7 @@ def _activation_fake(x: torch.Tensor, kind: str, bits: int = 8) -> torch.Tensor:
 
 
 def _activation_autograd(x: torch.Tensor, kind: str, bits: int = 8) -> torch.Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_grad(x):
         check_kind("activation", x, kind, bits)
         y: torch.Tensor = apply(_Activation, x, kind, bits, KINDS[kind].forward)
         return y

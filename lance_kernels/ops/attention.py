@@ -22,6 +22,7 @@ from lance_kernels.ops._registry import (
     autocast_arguments,
     below_autograd,
     define,
+    needs_grad,
     once_differentiable,
     without_autocast,
 )
@@ -303,7 +304,7 @@ def _autograd(
 ) -> torch.Tensor:
     options = (dropout_p, is_causal, scale, enable_gqa)
     inputs = (query, key, value, attn_mask)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+    if needs_grad(*inputs):
         _check_attention(query, key, value, attn_mask, enable_gqa)
         y: torch.Tensor = apply(_Attention, query, key, value, attn_mask, *options)
         return y

@@ -18,6 +18,7 @@ from lance_kernels.ops._registry import (
     apply,
     below_autograd,
     define,
+    needs_grad,
     not_differentiable,
     once_differentiable,
     register_triton,
@@ -203,12 +204,12 @@ def _frozen_autograd(
 ) -> torch.Tensor:
     if torch.is_grad_enabled():
         _check_frozen("batch_norm_frozen", weight, bias, mean, var)
-        if x.requires_grad:
-            check_batch_norm("batch_norm_frozen", x, weight, bias, mean, var)
-            _check_dtypes("batch_norm_frozen", x, weight, bias, mean, var)
-            _check_numbers("batch_norm_frozen", eps)
-            y: torch.Tensor = apply(_Frozen, x, weight, bias, mean, var, eps)
-            return y
+    if needs_grad(x, weight, bias, mean, var):
+        check_batch_norm("batch_norm_frozen", x, weight, bias, mean, var)
+        _check_dtypes("batch_norm_frozen", x, weight, bias, mean, var)
+        _check_numbers("batch_norm_frozen", eps)
+        y: torch.Tensor = apply(_Frozen, x, weight, bias, mean, var, eps)
+        return y
     with below_autograd():
         return batch_norm_frozen(x, weight, bias, mean, var, eps)
 
@@ -240,12 +241,12 @@ def _relu_autograd(
 ) -> torch.Tensor:
     if torch.is_grad_enabled():
         _check_frozen("batch_norm_relu_frozen", weight, bias, mean, var)
-        if x.requires_grad:
-            check_batch_norm("batch_norm_relu_frozen", x, weight, bias, mean, var)
-            _check_dtypes("batch_norm_relu_frozen", x, weight, bias, mean, var)
-            _check_numbers("batch_norm_relu_frozen", eps, high)
-            y: torch.Tensor = apply(_FrozenReLU, x, weight, bias, mean, var, eps, high)
-            return y
+    if needs_grad(x, weight, bias, mean, var):
+        check_batch_norm("batch_norm_relu_frozen", x, weight, bias, mean, var)
+        _check_dtypes("batch_norm_relu_frozen", x, weight, bias, mean, var)
+        _check_numbers("batch_norm_relu_frozen", eps, high)
+        y: torch.Tensor = apply(_FrozenReLU, x, weight, bias, mean, var, eps, high)
+        return y
     with below_autograd():
         return batch_norm_relu_frozen(x, weight, bias, mean, var, eps, high)
 

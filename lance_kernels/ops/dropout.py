@@ -13,6 +13,7 @@ from lance_kernels.ops._registry import (
     apply,
     below_autograd,
     define,
+    needs_grad,
     not_differentiable,
     once_differentiable,
     writable,
@@ -110,7 +111,7 @@ class _Dropout(torch.autograd.Function):
 
 
 def _dropout_autograd(x: torch.Tensor, p: float = 0.5) -> torch.Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_grad(x):
         _check_dropout("dropout", x, p)
         y: torch.Tensor = apply(_Dropout, x, p)
         return y

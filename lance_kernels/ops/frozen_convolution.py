@@ -18,6 +18,7 @@ from lance_kernels.ops._registry import (
     autocast_arguments,
     below_autograd,
     define,
+    needs_grad,
     once_differentiable,
     without_autocast,
 )
@@ -139,9 +140,9 @@ def _autograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
             not weight.requires_grad,
             "lance::frozen_convolution: weight requires a gradient; expected a frozen one",
         )
-        if x.requires_grad or (bias is not None and bias.requires_grad):
-            y: torch.Tensor = apply(_FrozenConvolution, x, weight, bias, *args)
-            return y
+    if needs_grad(x, weight, bias):
+        y: torch.Tensor = apply(_FrozenConvolution, x, weight, bias, *args)
+        return y
     with below_autograd():
         return frozen_convolution(x, weight, bias, *args)
 

@@ -21,9 +21,11 @@ from lance_kernels.ops._registry import (
     apply,
     below_autograd,
     define,
+    needs_grad,
     not_differentiable,
     once_differentiable,
     register_triton,
+    written,
 )
 
 
@@ -196,6 +198,18 @@ def _masked_in_place_fake(
     return _masked_fake(x, low, high, slope, order)[1]
 
 
+def _masked_in_place_autograd(x: torch.Tensor, *args: Any) -> torch.Tensor:
+    check(
+        not needs_grad(x),
+        "lance::masked_activation_ has no derivative; use relu_, hardtanh_ or leaky_relu_, or call it under "
+        "torch.no_grad()",
+    )
+    with below_autograd():
+        mask: torch.Tensor = torch.ops.lance.masked_activation_(x, *args)
+    written(x)
+    return mask
+
+
 def masked_grad_reference(
     grad: torch.Tensor, mask: torch.Tensor, slope: float | None, order: Sequence[int]
 ) -> torch.Tensor:
@@ -276,7 +290,7 @@ def _differentiable(
     operator: str, x: torch.Tensor, low: float | None, high: float | None, slope: float | None
 ) -> torch.Tensor:
     check_bounds(operator, x, low, high)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_grad(x):
         y: torch.Tensor = apply(_Masked, x, low, high, slope)
         return y
     with below_autograd():
@@ -318,6 +332,7 @@ define(
     "masked_activation_(Tensor(a!) x, float? low, float? high, float? slope, int[] order) -> Tensor",
     reference=masked_in_place_reference,
     fake=_masked_in_place_fake,
+    autograd=_masked_in_place_autograd,
 )
 define(
     "masked_activation_grad(Tensor grad, Tensor mask, float? slope, int[] order) -> Tensor",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lance_kernels.ops._checks import accumulation_dtype, check, check_floating, check_not_expanded
-from lance_kernels.ops._registry import below_autograd, define, not_differentiable
+from lance_kernels.ops._registry import below_autograd, define, needs_grad, not_differentiable, written
 
 
 def mode_gram(x: torch.Tensor, mode: int) -> torch.Tensor:
@@ -160,11 +160,12 @@ def _gram_eigh_fake(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _mode_grams_autograd(grams: Sequence[torch.Tensor], x: torch.Tensor, modes: Sequence[int]) -> None:
     check(
-        not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *grams))),
+        not needs_grad(x, *grams),
         "lance::mode_grams_ has no derivative; detach its inputs or call it under torch.no_grad()",
     )
     with below_autograd():
         mode_grams_(grams, x, modes)
+    written(*grams)
 
 
 def _mode_gram_flops(shape: Sequence[int], mode: int, **kwargs: Any) -> int:

@@ -15,7 +15,14 @@ import torch.nn.functional as F
 
 from lance_kernels.ops._checks import accumulation_dtype, check, check_floating
 from lance_kernels.ops._layout import memory_order
-from lance_kernels.ops._registry import apply, below_autograd, define, once_differentiable, without_autocast
+from lance_kernels.ops._registry import (
+    apply,
+    below_autograd,
+    define,
+    needs_grad,
+    once_differentiable,
+    without_autocast,
+)
 from lance_kernels.ops.quantize_rows import dequantize_rows, placeholder, quantize_rows
 
 
@@ -319,10 +326,6 @@ def _layer_norm_reference(
     return F.layer_norm(x, list(normalized_shape), weight, bias, eps)
 
 
-def _needs_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def _layer_norm_autograd(
     x: torch.Tensor,
     normalized_shape: Sequence[int],
@@ -330,7 +333,7 @@ def _layer_norm_autograd(
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    if _needs_grad(x, weight, bias):
+    if needs_grad(x, weight, bias):
         _normalised(x, normalized_shape, "layer_norm", weight, bias)
         y: torch.Tensor = apply(_LayerNorm, x, normalized_shape, weight, bias, eps)
         return y
@@ -348,7 +351,7 @@ def _rms_norm_reference(
 def _rms_norm_autograd(
     x: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
 ) -> torch.Tensor:
-    if _needs_grad(x, weight):
+    if needs_grad(x, weight):
         _normalised(x, normalized_shape, "rms_norm", weight)
         y: torch.Tensor = apply(_RMSNorm, x, normalized_shape, weight, eps)
         return y
@@ -385,7 +388,7 @@ def _group_norm_autograd(
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    if _needs_grad(x, weight, bias):
+    if needs_grad(x, weight, bias):
         _check_groups(x, groups, weight, bias)
         y: torch.Tensor = apply(_GroupNorm, x.contiguous(), groups, weight, bias, eps)
         return y

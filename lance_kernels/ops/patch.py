@@ -25,7 +25,15 @@ from lance_kernels.ops._checks import (
     check_same,
 )
 from lance_kernels.ops._padding import pad_spatial
-from lance_kernels.ops._registry import apply, below_autograd, define, not_differentiable, register_triton
+from lance_kernels.ops._registry import (
+    apply,
+    below_autograd,
+    define,
+    needs_grad,
+    not_differentiable,
+    register_triton,
+    written,
+)
 from lance_kernels.ops.convolution import Geometry, _input_grad, _split_padding, check_geometry, output_size
 from lance_kernels.ops.tucker import Factors, mode_product, mode_product_flops, ranks_of
 
@@ -299,11 +307,12 @@ def _gram_fake(gram: torch.Tensor, x: torch.Tensor, kernel: Sequence[int], *numb
 
 def _gram_autograd(gram: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
     check(
-        not (torch.is_grad_enabled() and (gram.requires_grad or x.requires_grad)),
+        not needs_grad(gram, x),
         "lance::patch_gram_ has no derivative; detach its inputs or call it under torch.no_grad()",
     )
     with below_autograd():
         torch.ops.lance.patch_gram_(gram, x, *args)
+    written(gram)
 
 
 def _gram_flops(

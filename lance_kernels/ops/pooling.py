@@ -18,6 +18,7 @@ from lance_kernels.ops._registry import (
     apply,
     below_autograd,
     define,
+    needs_grad,
     not_differentiable,
     once_differentiable,
     register_triton,
@@ -311,7 +312,7 @@ def _max_pool_autograd(
     dilation: Sequence[int],
     ceil_mode: bool = False,
 ) -> torch.Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_grad(x):
         y: torch.Tensor = apply(_MaxPool, x, kernel, stride, padding, dilation, ceil_mode)
         return y
     with below_autograd():
@@ -407,7 +408,7 @@ def _avg_pool_autograd(
     divisor_override: int | None = None,
 ) -> torch.Tensor:
     args = (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_grad(x):
         _spatial("avg_pool", x, kernel)
         y: torch.Tensor = apply(_AvgPool, x, *args)
         return y
@@ -430,7 +431,7 @@ def _adaptive_reference(x: torch.Tensor, output_size: Sequence[int]) -> torch.Te
 
 
 def _adaptive_autograd(x: torch.Tensor, output_size: Sequence[int]) -> torch.Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_grad(x):
         _check_adaptive(x, output_size)
         y: torch.Tensor = apply(_AdaptiveAvgPool, x, output_size)
         return y
