@@ -118,6 +118,8 @@ def batch_norm(
         Shape and dtype of `x`; values equal PyTorch's, gradients come from the rounded input (see the module's note).
     """
     y: torch.Tensor = apply(_BatchNorm, x, weight, bias, mean, var, training, momentum, eps)
+    if x.numel() == 0:
+        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
     return y
 
 
