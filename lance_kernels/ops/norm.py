@@ -58,7 +58,8 @@ def rms_norm(
         x: `(..., *normalized_shape)`, float32, float64, bfloat16 or float16.
         normalized_shape: the trailing sizes that are normalised together.
         weight: `normalized_shape` or None.
-        eps: added to the mean square; None for the machine epsilon of `x`, as PyTorch does.
+        eps: added to the mean square; None for the machine epsilon of the dtype in which sums are kept (float32's for
+            16-bit `x`), as PyTorch does.
 
     Returns:
         Shape and dtype of `x`; values equal PyTorch's, gradients come from the rounded input (see the module's note).
@@ -117,9 +118,9 @@ def batch_norm(
     Returns:
         Shape and dtype of `x`; values equal PyTorch's, gradients come from the rounded input (see the module's note).
     """
-    y: torch.Tensor = apply(_BatchNorm, x, weight, bias, mean, var, training, momentum, eps)
     if x.numel() == 0:
         return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    y: torch.Tensor = apply(_BatchNorm, x, weight, bias, mean, var, training, momentum, eps)
     return y
 
 
@@ -191,13 +192,17 @@ class _LayerNorm(torch.autograd.Function):
         return grad_x, None, grad_weight, grad_bias, None
 
 
+def _epsilon(x: torch.Tensor, eps: float | None) -> float:
+    return torch.finfo(accumulation_dtype(x.dtype)).eps if eps is None else eps
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None, eps: float | None
     ) -> torch.Tensor:
         count = len(normalized_shape)
-        epsilon = torch.finfo(x.dtype).eps if eps is None else eps
+        epsilon = _epsilon(x, eps)
         rows = _row_count(x, count)
         wide = x.to(accumulation_dtype(x.dtype))
         dims = list(range(-count, 0))
@@ -205,7 +210,7 @@ class _RMSNorm(torch.autograd.Function):
         codes, steps = quantize_rows(x, None, 1, rows, _identity(x))
         ctx.save_for_backward(codes, steps, rstd, weight)
         ctx.dims, ctx.size = dims, x.shape
-        return F.rms_norm(x, list(normalized_shape), weight, eps)
+        return F.rms_norm(x, list(normalized_shape), weight, epsilon)
 
     @staticmethod
     @once_differentiable("rms_norm")
@@ -347,7 +352,7 @@ def _rms_norm_reference(
     x: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
 ) -> torch.Tensor:
     _normalised(x, normalized_shape, "rms_norm", weight)
-    return F.rms_norm(x, list(normalized_shape), weight, eps)
+    return F.rms_norm(x, list(normalized_shape), weight, _epsilon(x, eps))
 
 
 def _rms_norm_autograd(

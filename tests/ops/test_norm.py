@@ -131,17 +131,19 @@ def test_layer_norm(leading, shape, dtype, layout, affine):
     dtype=st.sampled_from(DTYPES),
     affine=st.booleans(),
     eps=st.sampled_from((None, 1e-6)),
+    magnitude=st.sampled_from((1, 1e-3)),
 )
-def test_rms_norm(shape, dtype, affine, eps):
-    x = torch.randn(shape).to(dtype)
+def test_rms_norm(shape, dtype, affine, eps, magnitude):
+    x = (torch.randn(shape) * magnitude).to(dtype)
     weight = torch.randn(shape[-1]).to(dtype) if affine else None
     grad = torch.randn(shape).to(dtype)
     inputs = [x, weight] if affine else [x]
     y, grads = forward_backward(lambda x, weight=None: rms_norm(x, shape[-1:], weight, eps), inputs, grad)
     assert torch.equal(y, F.rms_norm(x, shape[-1:], weight, eps))
     doubles = [tensor.double() for tensor in inputs]
+    default = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     _, expected = forward_backward(
-        lambda x, weight=None: F.rms_norm(x, shape[-1:], weight, torch.finfo(dtype).eps if eps is None else eps),
+        lambda x, weight=None: F.rms_norm(x, shape[-1:], weight, default if eps is None else eps),
         doubles,
         grad.double(),
     )
