@@ -140,7 +140,11 @@ def keep_core(
     """The core of `x` by its `kept_factors`, its values within `core_lengths`, packed when `core_bits` is not 0."""
     core: torch.Tensor = torch.ops.lance.tucker_project(x, kept_factors(factors, x.dtype))
     if core_lengths is not None:
-        core = core.flatten(1).index_select(1, core_places(core_lengths, core_count, core.shape[-1]))
+        last = core.shape[-1]
+        if core_lengths.device.type == "cpu":  # elsewhere it would be waited for
+            message = f"lance: core_lengths reaches beyond the core's last mode; expected lengths from 0 to {last}"
+            torch._assert_async(((core_lengths >= 0) & (core_lengths <= last)).all(), message)
+        core = core.flatten(1).index_select(1, core_places(core_lengths, core_count, last))
     return torch.ops.lance.pack_core(core, core_bits) if core_bits else core
 
 

@@ -235,3 +235,11 @@ def test_refusals():
         linear_weight_grad(torch.randn(4, 3), torch.randn(4, 6).double(), [None, None])
     with pytest.raises(RuntimeError, match="linear_weight_grad has no derivative"):
         linear_weight_grad(torch.randn(4, 3, requires_grad=True), torch.randn(4, 6), [None, None]).sum().backward()
+
+
+@pytest.mark.parametrize("lengths", [[5, 1, 0], [-1, 4, 3]])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_lengths_beyond_a_row_are_refused(lengths, requires_grad):
+    x, weight = torch.randn(2, 3, 4), torch.randn(4, 4, requires_grad=requires_grad)
+    with pytest.raises(RuntimeError, match="expected lengths from 0 to 4"):
+        linear(x, weight, None, [None] * 3, 0, torch.tensor(lengths), sum(lengths))
