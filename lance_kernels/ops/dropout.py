@@ -46,6 +46,8 @@ def _check_dropout(operator: str, x: torch.Tensor, p: float) -> None:
 
 def _draw(x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The result and the kept elements, drawn the way ATen draws them for the device of `x`."""
+    if p == 0:
+        return x.clone(), torch.ones_like(x, dtype=torch.bool)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         y, kept = torch.ops.aten.native_dropout(x, p, True)
         return y, kept

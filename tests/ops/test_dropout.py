@@ -25,6 +25,14 @@ def test_equals_pytorch(shape, dtype, layout, p):
     assert_same_bits(grad_x, expected_grad)
 
 
+def test_drops_nothing_without_a_draw():
+    x, state = torch.randn(5, requires_grad=True), torch.get_rng_state()
+    y = dropout(x, 0.0)
+    assert torch.equal(y, x)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.ones(5))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_holds_one_bit_an_element():
     x = torch.randn(50, 30, requires_grad=True)
     assert held_bytes(lambda: dropout(x, 0.5)) == (50 * 30 + 7) // 8
