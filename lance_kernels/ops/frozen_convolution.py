@@ -81,7 +81,7 @@ def _check(
     named = (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
     for name, numbers, least in (*named, ("output_padding", output_padding, 0)):
         check(
-            len(numbers) in (1, dimensions) and min(numbers) >= least,
+            len(numbers) in (1, dimensions) and all(number >= least for number in numbers),
             f"lance::{operator}: {name} is {list(numbers)}; expected {dimensions} numbers of at least {least}, or one",
         )
     most = [max(pair) for pair in zip(_spread(stride, dimensions), _spread(dilation, dimensions))]

@@ -298,8 +298,9 @@ def _differentiable(
 
 
 def _in_place(x: torch.Tensor, low: float | None, high: float | None, slope: float | None) -> torch.Tensor:
-    if torch.compiler.is_compiling():
-        # Dynamo traces no operator that mutates and differentiates; the compiler drops the copy.
+    if torch.compiler.is_compiling() or x.is_neg():
+        # Dynamo traces no operator that mutates and differentiates; the compiler drops the copy. A view that negates
+        # is written to by copies only.
         if slope is not None:
             return x.copy_(leaky_relu(x, slope))
         return x.copy_(relu(x) if low is None or high is None else hardtanh(x, low, high))

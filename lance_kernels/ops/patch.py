@@ -98,6 +98,7 @@ def patch_gram_(
     Raises:
         RuntimeError: shapes, dtypes, devices or numbers do not fit; `gram` is left as it was.
     """
+    check(not gram.is_neg(), "lance::patch_gram_: gram is a view that negates; expected gram.resolve_neg()")
     torch.ops.lance.patch_gram_(gram, x, kernel, stride, padding, dilation, groups, padding_mode)
 
 

@@ -61,6 +61,11 @@ def test_refuses_a_trainable_weight():
         frozen_convolution(torch.randn(2, 3, 5, 5), weight, None, *ARGS)
 
 
+def test_refuses_numbers_for_no_spatial_mode():
+    with pytest.raises(RuntimeError, match=r"expected \(O, C / groups, \*kernel\)"):
+        frozen_convolution(torch.randn(2, 3), torch.randn(4, 3), None, [], [], [], False, [])
+
+
 def test_opcheck_flops_autocast_and_compile():
     x, weight = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3)
     opcheck(torch.ops.lance.frozen_convolution, (x.clone().requires_grad_(), weight, torch.randn(4), *ARGS))

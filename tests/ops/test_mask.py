@@ -112,6 +112,17 @@ def test_bits_follow_the_memory_order(shape, layout):
     assert torch.equal(torch.ops.lance.unpack_mask(mask, x, order), x > 0)
 
 
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_in_place_on_a_view_that_negates(requires_grad):
+    # Of a copy: a leaf could not be written to.
+    whole = torch.randn(9, dtype=torch.complex64, requires_grad=requires_grad).clone()
+    view = whole.conj().imag
+    expected = view.relu()
+    relu_(view)
+    assert view.is_neg()
+    assert torch.equal(view, expected)
+
+
 def test_second_derivative_raises():
     x = torch.randn(4, requires_grad=True)
     (grad,) = torch.autograd.grad(relu(x).square().sum(), x, create_graph=True)

@@ -298,6 +298,8 @@ def test_refusals_name_the_argument():
     refused(r"dilation is", patch_project, x, factor, kernel, stride, padding, [2**63 - 1, 1], groups)
     refused("x has dtype torch.int64", patch_project, x.long(), factor, *rest)
     refused(r"gram has shape \(2, 12, 11\); expected \(2, 12, 12\)", patch_gram_, torch.zeros(2, 12, 11), x, *rest)
+    negated = torch.zeros(2, 12, 12, dtype=torch.complex64).conj().imag
+    refused(r"expected gram.resolve_neg\(\)", patch_gram_, negated, x, *rest)
     refused(r"gram has strides \[0, 12, 1\]", patch_gram_, torch.zeros(12, 12).expand(2, 12, 12), x, *rest)
     refused(r"gram has dtype torch.float32", patch_gram_, torch.zeros(2, 12, 12), x.double(), *rest)
     core = patch_project(x, factor, *rest)
