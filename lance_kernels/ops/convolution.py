@@ -59,7 +59,7 @@ def convolution(
 
     Returns:
         `y`, `(B, O, *S')`, exactly PyTorch's, and the core (the packed buffer with `core_bits`; in float16 divided by a
-        power of two that keeps it finite, see `kept_factors`). `y` is differentiable once in `x`, `weight` and `bias`;
+        power of two, see `kept_factors`). `y` is differentiable once in `x`, `weight` and `bias`;
         the core carries no gradient. Kept for the backward pass: the core when `weight` needs a gradient, `weight` when
         `x` does, the factors.
 

@@ -53,7 +53,7 @@ def linear(
 
     Returns:
         `y`, `(..., O)`, exactly `torch.nn.functional.linear`'s, and the core (the packed buffer with `core_bits`; in
-        float16 divided by a power of two that keeps it finite, see `kept_factors`). `y` is differentiable once in `x`,
+        float16 divided by a power of two, see `kept_factors`). `y` is differentiable once in `x`,
         `weight` and `bias`; the core carries no gradient. Kept for the backward pass: the core when `weight` needs a
         gradient, `weight` when `x` does, the factors.
 
@@ -101,7 +101,9 @@ def kept_factors(factors: Factors, dtype: torch.dtype, expand: bool = False) -> 
     """The factors that a kept core is made with, or expanded with; in float16 not the layer's own.
 
     Orthonormal columns of `size` entries can make a core `sqrt(size)` times larger than the input, beyond float16's
-    65504. There each factor is divided by a power of two of at least that, and multiplied by it to expand.
+    65504; divided by as much, one of small inputs falls below its 6e-8. So each factor is divided by a power of two of
+    at least the fourth root of `size`, and multiplied by it to expand: a core is finite where no sample's root mean
+    square exceeds 65504 over the fourth root of its projected size (3,325 for 3 x 224 x 224, 1,023 for 4096 x 4096).
 
     Args:
         factors: one `(size, rank)` matrix or None a mode of the input.
@@ -114,8 +116,8 @@ def kept_factors(factors: Factors, dtype: torch.dtype, expand: bool = False) -> 
 
 
 def scaled_factor(factor: torch.Tensor, size: int, expand: bool) -> torch.Tensor:
-    """A factor with columns of `size` entries, divided by a power of two, at least the root of that, or multiplied."""
-    scale = 2.0 ** math.ceil(math.log2(max(size, 1)) / 2)
+    """A factor divided by a power of two, at least the fourth root of its columns' `size`, or multiplied."""
+    scale = 2.0 ** math.ceil(math.log2(max(size, 1)) / 4)
     return factor.float() * (scale if expand else 1 / scale)
 
 

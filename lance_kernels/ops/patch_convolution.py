@@ -48,7 +48,7 @@ def patch_convolution(
 
     Returns:
         `y`, `(B, O, *S')`, exactly PyTorch's, and the core, `(B, groups * rank, *R)` (the packed buffer with
-        `core_bits`; in float16 divided by a power of two that keeps it finite). `y` is differentiable once in `x`,
+        `core_bits`; in float16 divided by a power of two, see `kept_factors`). `y` is differentiable once in `x`,
         `weight` and `bias`; the core carries no gradient. Kept for the backward pass: the core when `weight` needs a
         gradient, `weight` when `x` does, the factors.
 

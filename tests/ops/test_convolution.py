@@ -239,3 +239,14 @@ def test_weight_grad_refusals():
         convolution_weight_grad(torch.randn(2, 6, 7, 6), core, [None] * 4, (6, 4, 3, 3), *numbers)
     with pytest.raises(RuntimeError, match=r"core is torch.float64 on cpu; expected torch.float32 on cpu"):
         convolution_weight_grad(torch.randn(2, 6, 7, 7), core.double(), [None] * 4, (6, 4, 3, 3), *numbers)
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+def test_a_float16_core_of_small_inputs_keeps_them(bits):
+    x, weight = (torch.randn(2, 64, 32, 32) * 1e-4).half(), torch.randn(8, 64, 3, 3).half().requires_grad_()
+    factors = [None, *(orthonormal(size, size).float() for size in (64, 32, 32))]
+    y, _ = convolution(x, weight, None, [1, 1], [1, 1], [1, 1], 1, factors, bits)
+    grad = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, weight, grad)
+    expected = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=1)
+    assert (found.double() - expected).norm() <= 0.02 * expected.norm()
