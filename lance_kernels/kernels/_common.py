@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import torch
 import triton
 from triton.runtime.autotuner import OutOfResources
 from triton.runtime.driver import driver
+
+from lance_kernels.ops._prepared import prepared
 
 MIN_SIDE = 16  # least side of a matrix product on the matrix units
 MAX_ALIGN_BYTES = 16  # widest load of a thread
@@ -184,73 +184,6 @@ def splits_for(programs: int, tiles: int, partial_bytes: int, streamed_bytes: in
     wanted = min(tiles, PROGRAMS // max(programs, 1) if 3 * programs < PROGRAMS else 1)
     bound = max(WORKSPACE_BYTES, int(WORKSPACE_SHARE * streamed_bytes)) // max(partial_bytes, 1)
     return max(1, min(wanted, bound))
-
-
-class _Entry(NamedTuple):
-    sources: tuple[weakref.ref[torch.Tensor], ...]
-    versions: tuple[int, ...]
-    result: torch.Tensor
-    captured: list[torch.Tensor]  # what CUDA graphs read; it lives as long as the sources do
-
-
-_PREPARED: dict[tuple[object, ...], _Entry] = {}
-
-
-def prepared(
-    sources: Sequence[torch.Tensor], form: tuple[object, ...], make: Callable[[], torch.Tensor]
-) -> torch.Tensor:
-    """What `make` makes of some tensors, kept for as long as they live and do not change.
-
-    A CUDA graph reads what was made before its capture, also when the tensors change afterwards.
-
-    Args:
-        sources: the tensors.
-        form: tells apart what is made of the same tensors.
-        make: makes it.
-    """
-    if any(source.is_inference() for source in sources):
-        return make()
-    key = (*map(id, sources), *form)
-    versions = tuple(source._version for source in sources)
-    entry = _PREPARED.get(key)
-    if entry is not None and any(known() is not source for known, source in zip(entry.sources, sources)):
-        entry = None
-    fresh = entry is not None and entry.versions == versions
-    if _capturing(sources[0]):
-        # What is made in a capture lives in the graph's memory and holds nothing before its replay.
-        if entry is None or not fresh:
-            return make()
-        if not any(entry.result is tensor for tensor in entry.captured):
-            entry.captured.append(entry.result)
-    elif entry is None or not fresh:
-        references = tuple(weakref.ref(source, lambda _: _PREPARED.pop(key, None)) for source in sources)
-        captured = [] if entry is None else entry.captured
-        entry = _PREPARED[key] = _Entry(references, versions, outside_pools(make, sources[0].device), captured)
-    return entry.result
-
-
-def outside_pools(make: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
-    """What `make` makes, in memory that outlives the caller's pool, and there for every stream.
-
-    Compiled models that run as CUDA graphs warm up with all allocations of their thread in a pool that must be empty
-    afterwards: another thread's allocations are not in it.
-    """
-    if device.type != "cuda":
-        return make()
-    stream = torch.cuda.current_stream(device)
-
-    def run() -> torch.Tensor:
-        with torch.no_grad(), torch.cuda.stream(stream):
-            made = make()
-        stream.synchronize()
-        return made
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(run).result()
-
-
-def _capturing(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def kronecker(factors: Sequence[torch.Tensor], dtype: torch.dtype, columns: int) -> torch.Tensor:

@@ -25,12 +25,12 @@ from lance_kernels.kernels._common import (
     convolution_precision,
     launch_fitting,
     power_of_two,
-    prepared,
     splits_for,
     stages_for,
 )
 from lance_kernels.kernels._reduction import reduce_and_expand
 from lance_kernels.ops._padding import pad_pairs, padded_rows, shifted_factor
+from lance_kernels.ops._prepared import prepared
 from lance_kernels.ops.convolution import Geometry, output_size
 from lance_kernels.ops.convolution_weight_grad import (
     _check,

@@ -68,14 +68,16 @@ def codes_kernel(
     items,
     inner,
     parts,
+    blocks,  # of ITEMS items in a row
     CENTERED: tl.constexpr,
     ROWS: tl.constexpr,
     ITEMS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Steps of ROWS rows, and codes of ITEMS items of each."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
-    item = tl.program_id(1).to(tl.int64) * ITEMS + tl.arange(0, ITEMS)  # (ITEMS,)
+    group, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    row = group.to(tl.int64) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
+    item = block.to(tl.int64) * ITEMS + tl.arange(0, ITEMS)  # (ITEMS,)
     part = tl.arange(0, PARTS)
     known = (row < rows)[:, None] & (part < parts)[None, :]
     best = tl.max(tl.load(largest + row[:, None] * parts + part[None, :], mask=known, other=0.0), axis=1)
@@ -86,7 +88,7 @@ def codes_kernel(
     usable = positive & (inverse < float("inf"))
     inverse = tl.where(usable, inverse, 0.0)
     step = tl.where(usable, step, tl.where(finite, 0.0, float("nan")))
-    tl.store(steps + row, step, mask=(row < rows) & (tl.program_id(1) == 0))
+    tl.store(steps + row, step, mask=(row < rows) & (block == 0))
     inside = (row < rows)[:, None] & (item < items)[None, :]
     place = ((item // inner)[None, :] * rows + row[:, None]) * inner + (item % inner)[None, :]
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
@@ -141,7 +143,8 @@ def quantize_rows(
     shape = {"CENTERED": center is not None, "ROWS": height, "ITEMS": width}
     part_items = triton.cdiv(triton.cdiv(items, parts), width) * width
     largest_kernel[(groups, parts)](flat, middle, largest, rows, items, inner, part_items, **shape)
-    codes_kernel[(groups, triton.cdiv(items, width))](
+    blocks = triton.cdiv(items, width)
+    codes_kernel[(groups * blocks,)](
         flat,
         middle,
         largest,
@@ -151,6 +154,7 @@ def quantize_rows(
         items,
         inner,
         parts,
+        blocks,
         **shape,
         PARTS=max(2, triton.next_power_of_2(parts)),
     )

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from lance_kernels.ops._checks import accumulation_dtype, check, check_factors, check_same, factors_require_grad
+from lance_kernels.ops._prepared import prepared
 from lance_kernels.ops._registry import (
     apply,
     autocast_arguments,
@@ -118,7 +119,12 @@ def kept_factors(factors: Factors, dtype: torch.dtype, expand: bool = False) -> 
 def scaled_factor(factor: torch.Tensor, size: int, expand: bool) -> torch.Tensor:
     """A factor divided by a power of two, at least the fourth root of its columns' `size`, or multiplied."""
     scale = 2.0 ** math.ceil(math.log2(max(size, 1)) / 4)
-    return factor.float() * (scale if expand else 1 / scale)
+
+    def make() -> torch.Tensor:
+        return factor.float() * (scale if expand else 1 / scale)
+
+    # On a GPU every product has a launch, and launchers prepare what they are handed anew where it is new.
+    return prepared([factor], ("scaled", scale, expand), make) if factor.is_cuda else make()
 
 
 def core_places(core_lengths: torch.Tensor, core_count: int, last: int) -> torch.Tensor:
@@ -129,11 +135,16 @@ def core_places(core_lengths: torch.Tensor, core_count: int, last: int) -> torch
         core_count: their sum.
         last: rank of the last mode.
     """
-    lengths = core_lengths.flatten().long()
-    rows = torch.arange(lengths.shape[0], device=lengths.device)
-    shifts = rows * last - (lengths.cumsum(0) - lengths)
-    within = torch.arange(core_count, device=lengths.device)
-    return shifts.repeat_interleave(lengths, output_size=core_count) + within
+
+    def make() -> torch.Tensor:
+        lengths = core_lengths.flatten().long()
+        rows = torch.arange(lengths.shape[0], device=lengths.device)
+        shifts = rows * last - (lengths.cumsum(0) - lengths)
+        within = torch.arange(core_count, device=lengths.device)
+        return shifts.repeat_interleave(lengths, output_size=core_count) + within
+
+    # A dozen launches on a GPU; on the CPU they cost less than keeping the places.
+    return prepared([core_lengths], ("places", core_count, last), make) if core_lengths.is_cuda else make()
 
 
 def keep_core(

@@ -416,6 +416,10 @@ define(
     reference=_rms_norm_reference,
     fake=_rms_norm_reference,
     autograd=_rms_norm_autograd,
+    # PyTorch 2.11 has no such rule.
+    autocast=_autocast_wide(lambda: torch.ops.lance.rms_norm)
+    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA")
+    else None,
 )
 define(
     "group_norm(Tensor x, int groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05) -> Tensor",

@@ -1,4 +1,4 @@
-"""What launchers keep of factors: made once, again when these change, and there for the CUDA graphs that read it."""
+"""What is kept of factors: made once, again when these change, and there for the CUDA graphs that read it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lance_kernels.kernels import _common
+from lance_kernels.ops import _prepared
 
 
 @pytest.fixture(autouse=True)
 def _nothing_prepared(monkeypatch):
-    monkeypatch.setattr(_common, "_PREPARED", {})
+    monkeypatch.setattr(_prepared, "_PREPARED", {})
 
 
 @pytest.fixture
 def capture(monkeypatch):
     """Says whether a CUDA graph is being captured."""
-    return lambda yes: monkeypatch.setattr(_common, "_capturing", lambda _: yes)
+    return lambda yes: monkeypatch.setattr(_prepared, "_capturing", lambda _: yes)
 
 
 def doubled(factor, form=("doubled",)):
-    return _common.prepared([factor], form, lambda: 2 * factor)
+    return _prepared.prepared([factor], form, lambda: 2 * factor)
 
 
 def test_is_made_once_and_again_when_the_factor_changes():
@@ -32,16 +33,16 @@ def test_is_made_once_and_again_when_the_factor_changes():
     assert doubled(factor, ("other",)) is not first
     factor.mul_(3)
     assert torch.equal(doubled(factor), torch.full((3,), 6.0))
-    assert len(_common._PREPARED) == 2
+    assert len(_prepared._PREPARED) == 2
     del factor
-    assert not _common._PREPARED
+    assert not _prepared._PREPARED
 
 
 def test_inference_tensors_are_not_kept():
     with torch.inference_mode():
         factor = torch.ones(3)
     assert doubled(factor) is not doubled(factor)
-    assert not _common._PREPARED
+    assert not _prepared._PREPARED
 
 
 def test_a_graph_reads_what_was_made_before_and_keeps_it_alive(capture):
@@ -64,7 +65,7 @@ def test_what_a_capture_makes_is_not_kept(capture):
     factor = torch.ones(3)
     capture(True)
     assert doubled(factor) is not doubled(factor)
-    assert not _common._PREPARED
+    assert not _prepared._PREPARED
     capture(False)
     stale = doubled(factor)
     factor.mul_(3)
@@ -72,3 +73,10 @@ def test_what_a_capture_makes_is_not_kept(capture):
     assert torch.equal(doubled(factor), torch.full((3,), 6.0))
     capture(False)
     assert doubled(factor) is not stale
+
+
+def test_what_stands_for_a_tensor_is_not_kept():
+    with FakeTensorMode() as mode:
+        doubled(mode.from_tensor(torch.ones(3)))
+        doubled(torch.ones(3))
+    assert not _prepared._PREPARED
