@@ -174,6 +174,8 @@ def calibrate(
     have one between them, and share one core in training where their ranks come out the same. Should anything raise,
     the layers keep the factors they had.
 
+    A compiled model runs as eager code here, and compiled code sees the new factors.
+
     Under `torch.distributed`, every rank calls this with its own share of the data, which may be empty; Grams are
     summed over the ranks, and every rank gets the same factors. A rank that fails makes the others raise.
 
@@ -256,7 +258,8 @@ class _Runner:
         self.passes += 1
         run = self.forward_fn or run_model
         batches = 0
-        with collector.watching(), _eval_mode(self.model), torch.no_grad():
+        # Hooks that came after compilation run in eager code alone.
+        with collector.watching(), _eval_mode(self.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             total = self.max_batches
             if total is None:
                 total = getattr(self.loader, "__len__", lambda: None)()

@@ -112,6 +112,24 @@ def test_any_kind_of_batch(kind):
     assert model.fc.is_calibrated
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_model_that_has_run_is_calibrated(whole):
+    model = compressed(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), energy=0.5)
+    run = torch.compile(model, backend="aot_eager") if whole else model
+    if not whole:
+        model[0] = torch.compile(model[0], backend="aot_eager")
+    x = torch.randn(9, 6)
+    with torch.no_grad():
+        run.eval()(x)
+    assert not calibrated(run, [x]).uncalled
+    gradients = torch.autograd.grad(run(x).square().sum(), list(model.parameters()))
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    assert all(layer.is_calibrated for layer in layers)
+    plain = nn.Sequential(*layers)
+    for mine, expected in zip(gradients, torch.autograd.grad(plain(x).square().sum(), list(plain.parameters()))):
+        assert_near(mine, expected)
+
+
 def test_max_batches_stops_the_loader():
     drawn = []
 

@@ -141,6 +141,7 @@ CASES = {
     "Calibration.apply: model has no compressed layers ": foreign_calibration,
     "Calibration.load: ": damaged_calibration,
     "plan: ": lambda: calibrated(budget_bytes=1),
+    "report: ": lambda: lance.report(nn.Linear(6, 3).requires_grad_(False), batches()[0]),
     "track_drift: every is ": lambda: lance.track_drift(compressed(), 0),
     "track_drift: model has no compressed layers": lambda: lance.track_drift(nn.Linear(6, 3)),
     "drift: no layer is tracked": lambda: lance.drift(compressed()),

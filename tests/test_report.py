@@ -215,6 +215,29 @@ def test_compiled_model_is_counted_too():
     assert lance.held_bytes(torch.compile(model), x, mean) <= 1.1 * lance.held_bytes(model, x, mean)
 
 
+@pytest.mark.parametrize("part", ["model", "layer", "in place"])
+def test_a_compiled_model_that_has_run_has_the_same_rows(part):
+    model, x = compressed()
+    expected = lance.report(model, x, mean)
+    if part == "layer":
+        model[0] = torch.compile(model[0], backend="aot_eager")
+    elif part == "in place":
+        model.compile(backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager") if part == "model" else model
+    compiled(x).mean().backward()
+    found = lance.report(compiled, x, mean)
+    assert [row.counted_bytes for row in found.layers] == [row.counted_bytes for row in expected.layers]
+    assert [row.flops for row in found.layers] == [row.flops for row in expected.layers]
+    assert found.gradient_cosine == pytest.approx(expected.gradient_cosine)
+
+
+def test_a_sample_that_reaches_no_layer_is_refused():
+    model = nn.ModuleDict({"used": nn.Bilinear(4, 4, 3), "idle": nn.Linear(4, 3)})
+    lance.compress_(model)
+    with pytest.raises(ValueError, match="report: sample reached none of the 1 compressed layers"):
+        lance.report(model, torch.randn(2, 4), mean, forward_fn=lambda model, x: model["used"](x, x))
+
+
 def test_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="the loss needs no gradient"):
         lance.report(nn.Linear(4, 3).requires_grad_(False), torch.randn(2, 4))

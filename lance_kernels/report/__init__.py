@@ -179,7 +179,8 @@ def report(
     """Measures one training step of a model: bytes held, peak, operations, and the gradients' error.
 
     The model's modes, gradients, buffers and the random number generators are left as they were. Every figure comes
-    from a forward and backward pass that really ran; only `counted_bytes` is counted from shapes, as papers do.
+    from a forward and backward pass that really ran; only `counted_bytes` is counted from shapes, as papers do. What a
+    compiled model holds, and its peak, are those of its compiled code; other figures are those of eager code.
 
     Args:
         model: any model; compressed layers get a row each.
@@ -192,16 +193,19 @@ def report(
         The report; `print` shows it as a table.
 
     Raises:
-        ValueError: the loss needs no gradient, so there is no training step to measure.
+        ValueError: the loss needs no gradient, so there is no training step to measure; or the sample reaches none of
+            the model's compressed layers.
     """
     step = _Step(model, to_device_of(model, sample), loss_fn or default_loss, forward_fn or run_model)
     result = Report()
     with _unchanged(model):
-        rows = step.count(result)
         result.held, result.held_bytes = step.hold()
         result.peak_bytes = step.peak()
-        result.flops = step.flops(rows)
-        step.compare(rows)
+        # Hooks that came after compilation run in eager code alone.
+        with torch.compiler.set_stance("force_eager"):
+            rows = step.count()
+            result.flops = step.flops(rows)
+            step.compare(rows)
     by_module = result.held_by_module()
     for name, row in rows.items():
         row.held_bytes = by_module.get(name, 0)
@@ -258,17 +262,21 @@ class _Step:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True)))
 
-    def count(self, result: Report) -> dict[str, LayerReport]:
+    def count(self) -> dict[str, LayerReport]:
         rows: dict[str, LayerReport] = {}
+        layers = dict(compressed_layers(self.model))
         handles = [
-            layer.register_forward_pre_hook(_count_into(rows, name), with_kwargs=True)
-            for name, layer in compressed_layers(self.model)
+            layer.register_forward_pre_hook(_count_into(rows, name), with_kwargs=True) for name, layer in layers.items()
         ]
         try:
             self.forward()
         finally:
             for handle in handles:
                 handle.remove()
+        if layers and not rows:
+            raise ValueError(
+                f"report: sample reached none of the {len(layers)} compressed layers; expected at least one"
+            )
         return rows
 
     def hold(self) -> tuple[list[Held], int]:
@@ -408,7 +416,7 @@ def _module_names(model: nn.Module) -> Iterator[list[str]]:
     stack: list[str] = []
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: _push(stack, name)))
         handles.append(module.register_forward_hook(lambda *_: _drop(stack), always_call=True))
     try:
         yield stack
@@ -417,8 +425,15 @@ def _module_names(model: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
+def _push(stack: list[str], name: str) -> None:
+    # Compiled code would go on doing this after the hook is removed.
+    if not torch.compiler.is_compiling():
+        stack.append(name)
+
+
 def _drop(stack: list[str]) -> None:
-    stack.pop()
+    if not torch.compiler.is_compiling():
+        stack.pop()
 
 
 @contextmanager
