@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def to_device_of(model: nn.Module, batch: Any) -> Any:
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested tuples, lists, dicts and dataclass-like outputs."""
+    """Every tensor in nested tuples, lists, dicts and dataclasses."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -34,6 +35,8 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, tuple | list):
         for entry in value:
             yield from tensors_in(entry)
+    elif is_dataclass(value):
+        yield from tensors_in(vars(value))
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

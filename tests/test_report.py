@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,13 @@ def test_flops_match_the_counter_by_layer_and_in_total():
     assert sum(layer.flops for layer in result.layers) == result.flops
 
 
+def test_flops_where_forward_fn_calls_a_part():
+    model, x = compressed()
+    outer = nn.ModuleDict({"body": model})
+    parts = lance.report(outer, x, mean, forward_fn=lambda outer, x: outer["body"](x))
+    assert [row.flops for row in parts.layers] == [row.flops for row in lance.report(model, x, mean).layers]
+
+
 def test_peak_is_at_least_what_is_held_and_the_gradients():
     model = nn.Sequential(nn.Linear(100, 200), nn.Tanh(), nn.Linear(200, 300), nn.Tanh())
     x = torch.randn(50, 100)
@@ -133,6 +141,59 @@ def test_touches_nothing(training):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(torch.equal(p.grad, gradient) for p, gradient in zip(model.parameters(), gradients))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_puts_back_buffers_that_the_forward_pass_replaces_and_lets_a_step_under_way_go_on():
+    class Average(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            return x - self.mean
+
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), Average(), nn.Linear(4, 4))
+    lance.compress_(model)
+    x = torch.randn(32, 6)
+    lance.calibrate(model, [x], progress=False)
+    loss = model(x).square().mean()
+    before = list(model.buffers())
+    values = [buffer.clone() for buffer in before]
+    lance.report(model, x, mean)
+    assert all(buffer is old for buffer, old in zip(model.buffers(), before))
+    assert all(torch.equal(buffer, value) for buffer, value in zip(before, values))
+    loss.backward()
+
+
+@pytest.mark.parametrize("case", ["first frozen", "first left out", "second frozen"])
+def test_a_shared_core_is_counted_by_the_layer_that_keeps_it(case):
+    model = nn.ModuleDict({"first": nn.Linear(6, 4), "second": nn.Linear(6, 4)})
+    lance.compress_(model, lance.LanceConfig(core_bits=8, energy=0.5))
+    x = torch.randn(32, 6)
+
+    def both(model, x):
+        return model["first"](x) + model["second"](x)
+
+    lance.calibrate(model, [x], forward_fn=both, progress=False)
+    assert model["second"].lance_source is model["first"]
+    expected = lance.report(model, x, mean, forward_fn=both).counted_bytes
+    assert expected > 0
+    if "frozen" in case:
+        model[case.split()[0]].requires_grad_(False)
+    run = both if "frozen" in case else lambda model, x: model["second"](x)
+    assert lance.report(model, x, mean, forward_fn=run).counted_bytes == expected
+
+
+def test_a_dataclass_is_an_output():
+    @dataclass
+    class Output:
+        values: torch.Tensor
+
+    model = nn.Linear(4, 3)
+    lance.report(model, torch.randn(2, 4), forward_fn=lambda model, x: Output(model(x)))
+    with pytest.raises(ValueError, match="report: the output, a str, has no floating tensor; expected a loss_fn"):
+        lance.report(model, torch.randn(2, 4), forward_fn=lambda model, x: "three")
 
 
 def test_measuring_computes_no_checkpointed_block_again():

@@ -230,7 +230,10 @@ def default_loss(output: Any) -> torch.Tensor:
     loss = getattr(output, "loss", None)
     if isinstance(loss, torch.Tensor):
         return loss
-    return next(tensor for tensor in tensors_in(output) if tensor.is_floating_point()).float().pow(2).mean()
+    tensor = next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)
+    if tensor is None:
+        raise ValueError(f"report: the output, a {type(output).__name__}, has no floating tensor; expected a loss_fn")
+    return tensor.float().pow(2).mean()
 
 
 class _Saved:
@@ -249,9 +252,12 @@ class _Step:
     ) -> None:
         self.model, self.sample, self.loss_fn, self.forward_fn = model, sample, loss_fn, forward_fn
         self.random_state = torch.random.get_rng_state()
+        self.cuda_states = {device: torch.cuda.get_rng_state(device) for device in _cuda_devices(model)}
 
     def forward(self) -> torch.Tensor:
         torch.random.set_rng_state(self.random_state)
+        for device, state in self.cuda_states.items():
+            torch.cuda.set_rng_state(state, device)
         with torch.enable_grad():
             loss = self.loss_fn(self.forward_fn(self.model, self.sample))
         if not loss.requires_grad:
@@ -265,8 +271,10 @@ class _Step:
     def count(self) -> dict[str, LayerReport]:
         rows: dict[str, LayerReport] = {}
         layers = dict(compressed_layers(self.model))
+        cores: dict[CompressedLayer, tuple[torch.Tensor, int]] = {}
         handles = [
-            layer.register_forward_pre_hook(_count_into(rows, name), with_kwargs=True) for name, layer in layers.items()
+            layer.register_forward_pre_hook(_count_into(rows, name, cores), with_kwargs=True)
+            for name, layer in layers.items()
         ]
         try:
             self.forward()
@@ -339,11 +347,11 @@ class _Step:
         return highest
 
     def flops(self, rows: dict[str, LayerReport]) -> int:
+        root = _Root(self)
         with FlopCounterMode(display=False) as counter:
-            self.backward(self.forward())
-        root = type(self.model).__name__
+            self.backward(root())
         for name, counts in counter.get_flop_counts().items():
-            row = rows.get(name.removeprefix(f"{root}.") if name != root else "")
+            row = rows.get(name.removeprefix("_Root.model").removeprefix("."))
             if row is not None:
                 row.flops = sum(counts.values())
         return int(counter.get_total_flops())
@@ -362,7 +370,20 @@ class _Step:
                 rows[name].gradient_cosine = torch.nn.functional.cosine_similarity(*pair, dim=0).item()
 
 
-def _count_into(rows: dict[str, LayerReport], name: str) -> Callable[..., None]:
+class _Root(nn.Module):
+    """Runs a step as a module around the model: `FlopCounterMode` takes its names from the first module called."""
+
+    def __init__(self, step: _Step) -> None:
+        super().__init__()
+        self.step, self.model = step, step.model
+
+    def forward(self) -> torch.Tensor:
+        return self.step.forward()
+
+
+def _count_into(
+    rows: dict[str, LayerReport], name: str, cores: dict[CompressedLayer, tuple[torch.Tensor, int]]
+) -> Callable[..., None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, CompressedLayer)
         x = next(tensors_in((args, kwargs)))
@@ -371,20 +392,27 @@ def _count_into(rows: dict[str, LayerReport], name: str) -> Callable[..., None]:
         if torch.is_autocast_enabled(x.device.type):
             itemsize = torch.get_autocast_dtype(x.device.type).itemsize
         row.dense_bytes += x.numel() * itemsize
-        row.counted_bytes += _counted(layer, x, itemsize)
+        row.counted_bytes += _counted(layer, x, itemsize, cores)
 
     return hook
 
 
-def _counted(layer: CompressedLayer, x: torch.Tensor, itemsize: int) -> int:
-    # Of layers that share an input, the owner of the factors counts the core.
-    if not layer.weight.requires_grad or (layer.lance_keeps_core() and layer.lance_source is not layer):
+def _counted(
+    layer: CompressedLayer, x: torch.Tensor, itemsize: int, cores: dict[CompressedLayer, tuple[torch.Tensor, int]]
+) -> int:
+    if not layer.weight.requires_grad:
         return 0
     batched_dim = getattr(layer, "batched_dim", x.dim())
     size = x.shape if x.dim() == batched_dim else torch.Size((1, *x.shape))
     core = layer.lance_core_size(size) if layer.lance_keeps_core() else None
     if core is None:
         return x.numel() * itemsize
+    if layer.lance_shared(x) is not None:
+        # Of layers that share an input, the first that keeps the core counts it.
+        known, version = cores.get(layer.lance_source, (None, 0))
+        if known is x and version == x._version:
+            return 0
+        cores[layer.lance_source] = x, x._version
     return core_bytes(core, layer.lance_core_bits, itemsize)
 
 
@@ -453,16 +481,23 @@ def _quiet_profiler() -> Iterator[None]:
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Puts buffers and random number generators back afterwards; gradients are never touched."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = sorted(
-        {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
-    )
-    with torch.random.fork_rng(devices=devices):
+    # A forward pass may also put other tensors in their place.
+    places = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    with torch.random.fork_rng(devices=_cuda_devices(model)):
         try:
             yield
         finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+            for place, before in places:
+                place.clear()
+                place.update(before)
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    # Through `data`: to a graph that waits for its backward pass the buffer was never written to.
+                    buffer.data.copy_(value)
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 
 
 def _megabytes(count: int) -> str:

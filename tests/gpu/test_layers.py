@@ -112,3 +112,11 @@ def test_compiled_whole(device):
     cross_entropy(compiled(x), labels).backward()
     mine = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
     assert_alike(mine, expected, 3e-2)
+
+
+def test_report_compares_steps_with_the_same_dropout(device):
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(32, 16)).to(device)
+    lance.compress_(model, lance.LanceConfig(energy=1.0, core_bits=None))
+    x = torch.randn(64, 32, device=device)
+    lance.calibrate(model, [x], progress=False)
+    assert lance.report(model, x).gradient_cosine > 0.999
