@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from numbers import Integral, Real
+from typing import Literal, TypeGuard
 
 from lance_kernels.ops.pack_core import BITS
 
@@ -60,8 +61,9 @@ class LanceConfig:
     max_work: float | None = None
 
     def __post_init__(self) -> None:
-        _require(0 < self.energy <= 1, "energy", self.energy, "a number in (0, 1]")
-        _require(self.core_bits in (*BITS, None), "core_bits", self.core_bits, "8, 4, 2, 1 or None")
+        _require(is_fraction(self.energy), "energy", self.energy, "a number in (0, 1]")
+        bits = self.core_bits is None or (is_count(self.core_bits) and self.core_bits in BITS)
+        _require(bits, "core_bits", self.core_bits, "8, 4, 2, 1 or None")
         _require(self.batch_mode in ("keep", "fixed"), "batch_mode", self.batch_mode, '"keep" or "fixed"')
         _require(
             self.companions in ("none", "exact", "quantized", "smallest"),
@@ -69,16 +71,22 @@ class LanceConfig:
             self.companions,
             '"none", "exact", "quantized" or "smallest"',
         )
-        _require(self.max_rank is None or self.max_rank >= 1, "max_rank", self.max_rank, "at least 1, or None")
-        _require(self.rank_multiple >= 1, "rank_multiple", self.rank_multiple, "at least 1")
-        _require(self.budget_bytes is None or self.budget_bytes >= 1, "budget_bytes", self.budget_bytes, "at least 1")
-        _require(0 < self.rounding_weight <= 1, "rounding_weight", self.rounding_weight, "a number in (0, 1]")
-        _require(self.max_work is None or self.max_work > 0, "max_work", self.max_work, "a number above 0, or None")
-        for name, patterns in (("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)):
-            _require(not isinstance(patterns, str), name, patterns, "a sequence of patterns, not one string")
-            for pattern in patterns or ():
+        _require(self.max_rank is None or is_count(self.max_rank), "max_rank", self.max_rank, "at least 1, or None")
+        _require(is_count(self.rank_multiple), "rank_multiple", self.rank_multiple, "at least 1")
+        budget = self.budget_bytes is None or is_count(self.budget_bytes)
+        _require(budget, "budget_bytes", self.budget_bytes, "at least 1, or None")
+        _require(is_fraction(self.rounding_weight), "rounding_weight", self.rounding_weight, "a number in (0, 1]")
+        work = self.max_work is None or (_is_number(self.max_work) and self.max_work > 0)
+        _require(work, "max_work", self.max_work, "a number above 0, or None")
+        targets = () if self.target_modules is None else self.target_modules
+        for name, patterns in (("target_modules", targets), ("exclude_modules", self.exclude_modules)):
+            many = isinstance(patterns, Collection) and not isinstance(patterns, str)
+            _require(many, name, patterns, "a sequence of patterns, not one string")
+            for pattern in patterns:
                 _require(_compiles(pattern), name, pattern, "module names or regular expressions")
-        for pattern, rule in self.rank_pattern.items():
+        rules = self.rank_pattern
+        _require(isinstance(rules, Mapping), "rank_pattern", rules, "a dictionary of rules by pattern")
+        for pattern, rule in rules.items():
             _require(_compiles(pattern), "rank_pattern", pattern, "module names or regular expressions as keys")
             _require(_is_rank_rule(rule), f"rank_pattern[{pattern!r}]", rule, "an energy, a rank, or one rank a mode")
 
@@ -109,13 +117,21 @@ def _compiles(pattern: object) -> bool:
     return True
 
 
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number of at least 1, of an integer type."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def is_fraction(value: object) -> bool:
+    """Whether a value is a number in (0, 1]."""
+    return _is_number(value) and 0 < value <= 1
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _is_rank_rule(rule: object) -> bool:
-    if isinstance(rule, bool):
-        return False
-    if isinstance(rule, float):
-        return 0 < rule <= 1
-    if isinstance(rule, int):
-        return rule >= 1
-    return isinstance(rule, Sequence) and all(
-        rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1) for rank in rule
-    )
+    if isinstance(rule, Sequence):
+        return all(rank is None or is_count(rank) for rank in rule)
+    return is_count(rule) if isinstance(rule, int) else isinstance(rule, float) and is_fraction(rule)
