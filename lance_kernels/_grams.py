@@ -26,6 +26,7 @@ class Seen:
         varied: modes whose size changed.
         dtype: of the Grams.
         bytes: of the Grams.
+        calls: most calls in one batch.
         owner: the layer that has this one's Grams, having had the same inputs; None for a layer with its own.
         deferred: there was no room in this pass.
     """
@@ -35,6 +36,7 @@ class Seen:
     varied: tuple[int, ...]
     dtype: torch.dtype
     bytes: int
+    calls: int
     owner: str | None = None
     deferred: bool = False
 
@@ -52,7 +54,7 @@ class Grams:
         self.grams: list[torch.Tensor | None] = []
         self.varied: set[int] = set()
         self.owner: str | None = None
-        self.calls = 0
+        self.calls = self.calls_in_batch = self.most_calls = 0
         self.deferred = False
 
     def prepare(self, x: torch.Tensor) -> int:
@@ -95,7 +97,7 @@ class Grams:
         assert self.size is not None
         total = sum(extent * extent for extent in self.size[self.first :]) * self.dtype.itemsize
         varied = tuple(sorted(self.varied))
-        return Seen(self.size, self.first, varied, self.dtype, total, self.owner, self.deferred)
+        return Seen(self.size, self.first, varied, self.dtype, total, self.most_calls, self.owner, self.deferred)
 
     def sum_over(self, ranks: Ranks, everyone: list[Seen]) -> None:
         """Replaces the Grams by the sum over ranks.
@@ -117,6 +119,7 @@ class Grams:
                 mine[-1] = self.grams[-1]
         device = self.layer.weight.device
         self.grams, self.size, self.varied = [], reference.size, varied
+        self.most_calls = max(seen.calls for seen in everyone)
         for mode, extent in enumerate(reference.size):
             if mode < reference.first or mode in varied:
                 self.grams.append(None)
@@ -147,8 +150,9 @@ class Collector:
     """Takes the Grams of some layers' inputs while batches run through the model.
 
     A layer whose input is the very tensor that another layer just had gets no Grams of its own: the other owns them.
-    Should their inputs differ later on, it is deferred to a pass of its own; where there cannot be one, it goes on with
-    a copy, in which the owner's input of the present batch counts beside its own.
+    Should their inputs differ later on, or one of them be called without the other, it is deferred to a pass of its
+    own; where there cannot be one, it goes on with a copy, in which the owner's inputs of the present batch count
+    beside its own.
 
     Args:
         layers: the layers to look at, by name.
@@ -173,14 +177,21 @@ class Collector:
         ]
         try:
             yield
+            self.begin_batch()
         finally:
             for handle in handles:
                 handle.remove()
             self.inputs.clear()
 
     def begin_batch(self) -> None:
-        """Forgets the inputs of the batch before."""
+        """Ends the batch before: forgets its inputs, and parts layers that it did not call equally often."""
         self.inputs.clear()
+        for record in self.records.values():
+            owner = self.records[record.owner] if record.owner is not None else record
+            if not record.deferred and record.calls_in_batch != owner.calls_in_batch:
+                self._part(record)
+        for record in self.records.values():
+            record.calls_in_batch = 0
 
     def deferred(self) -> bool:
         """Whether a layer found no room."""
@@ -211,18 +222,26 @@ class Collector:
                 record.deferred, record.owner = owner.deferred, first
             elif self.limit is not None and self.bytes and self.bytes + size > self.limit:
                 record.deferred = True
-                return
             else:
                 self.bytes += size
                 record.allocate(x.device)
         elif record.owner is not None and (not shares or first != record.owner):
-            if self.repeatable:
-                record.owner, record.deferred = None, True
-                return
-            record.copy_from(self.records[record.owner])
+            self._part(record)
+        if record.deferred:
+            return
         record.calls += 1
+        record.calls_in_batch += 1
+        record.most_calls = max(record.most_calls, record.calls_in_batch)
         if record.owner is None:
             record.update(x)
+
+    def _part(self, record: Grams) -> None:
+        """Ends a layer's use of its owner's Grams."""
+        assert record.owner is not None
+        if self.repeatable:
+            record.owner, record.deferred = None, True
+        else:
+            record.copy_from(self.records[record.owner])
 
     def _first_with(self, name: str, x: torch.Tensor) -> str | None:
         version = 0 if x.is_inference() else x._version
@@ -253,9 +272,11 @@ def agree(collector: Collector, everyone: list[dict[str, Seen]]) -> tuple[dict[s
     owners: dict[str, str] = {}
     for name, view in views.items():
         owner = view[0].owner
+        # A rank that called the owner alone has data of the owner's in their Grams.
         if (
             owner is not None
             and all(seen.owner == owner for seen in view)
+            and len(view) == len(views[owner])
             and (owner in deferred) == (name in deferred)
         ):
             owners[name] = owner

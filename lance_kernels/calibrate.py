@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from tqdm import tqdm
 from lance_kernels._batches import run_model, to_device_of
 from lance_kernels._grams import Collector, Grams, Seen, agree, groups_within
 from lance_kernels._ranks import choose_ranks
-from lance_kernels.config import LanceConfig
+from lance_kernels.config import LanceConfig, is_count
 from lance_kernels.convert import compressed_layers
 from lance_kernels.distributed import Ranks
 from lance_kernels.ops._checks import FLOATING
-from lance_kernels.plan import PLANNED_BITS, plan
+from lance_kernels.plan import PLANNED_BITS, Plan, plan
 from lance_kernels.state import atomic_save, share_factors
 
 
@@ -36,12 +37,14 @@ class Spectrum:
         eigenvalues: of every mode's Gram matrix, descending, `(size_n,)`; None for a mode that is kept.
         eigenvectors: as columns in the same order, `(size_n, size_n)`; None for a mode that is kept.
         varied: modes that are kept because their size changed from batch to batch.
+        calls: most calls of the layer in one batch.
     """
 
     size: tuple[int, ...]
     eigenvalues: list[torch.Tensor | None]
     eigenvectors: list[torch.Tensor | None]
     varied: tuple[int, ...] = ()
+    calls: int = 1
 
     def shares(self, mode: int) -> torch.Tensor:
         """A mode's eigenvalues over their sum, float64, on the CPU, `(size_n,)`; the mode has some above zero."""
@@ -75,6 +78,8 @@ class Calibration:
     def apply(self, model: nn.Module, config: LanceConfig | None = None) -> dict[str, list[int | None]]:
         """Gives the model's layers factors of ranks chosen from these spectra, and the bits of their cores.
 
+        Layers that no batch reached become plain. Layers of equal configurations have one byte budget between them.
+
         Args:
             model: a compressed model with these layers.
             config: how ranks and bits are chosen; None takes each layer's own, from `compress_`.
@@ -90,21 +95,35 @@ class Calibration:
         if missing:
             raise ValueError(f"Calibration.apply: model has no compressed layers {missing}; calibrated another model?")
         rules = {name: config or layers[name].lance_config for name in self.layers}
-        budget = next((rule.budget_bytes for rule in rules.values()), None)
-        if budget is not None:
-            width = next(iter(rules.values())).core_bits
-            bits = (width,) if width in (None, 1) else PLANNED_BITS
-            planned = plan(model, self, budget, bits=bits, config=config)
-            planned.apply(model, self)
-            return {name: layer.ranks for name, layer in planned.layers.items()}
+        plans = self._plans(model, rules, config)
         chosen: dict[str, list[int | None]] = {}
         for name, spectrum in self.layers.items():
-            chosen[name] = choose_ranks(name, spectrum.eigenvalues, rules[name])
+            if rules[name].budget_bytes is None:
+                chosen[name] = choose_ranks(name, spectrum.eigenvalues, rules[name])
         for name, ranks in chosen.items():
             layers[name].set_factors(self.layers[name].factors(ranks))
             layers[name].lance_core_bits = rules[name].core_bits or 0
+        for planned in plans:
+            planned.apply(model, self)
+            chosen.update({name: layer.ranks for name, layer in planned.layers.items()})
+        for name in self.uncalled:
+            if name in layers:
+                layers[name].lance_clear_factors()
         share_factors(model, self.shared)
-        return chosen
+        return {name: chosen[name] for name in self.layers}
+
+    def _plans(self, model: nn.Module, rules: Mapping[str, LanceConfig], config: LanceConfig | None) -> list[Plan]:
+        """A plan for the layers of every configuration that has a byte budget."""
+        plans = []
+        budgeted = [rule for rule in rules.values() if rule.budget_bytes is not None]
+        for rule in [rule for index, rule in enumerate(budgeted) if rule not in budgeted[:index]]:
+            layers = {name: spectrum for name, spectrum in self.layers.items() if rules[name] == rule}
+            shared = {name: owner for name, owner in self.shared.items() if {name, owner} <= layers.keys()}
+            bits = (rule.core_bits,) if rule.core_bits in (None, 1) else PLANNED_BITS
+            assert rule.budget_bytes is not None
+            part = Calibration(layers, shared=shared)
+            plans.append(plan(model, part, rule.budget_bytes, bits=bits, config=config))
+        return plans
 
     def save(self, path: str | Path) -> None:
         """Writes the spectra to a file that `Calibration.load` reads; a file that is there is replaced at the end."""
@@ -118,13 +137,13 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Reads what `save` wrote, without running code from the file.
+        """Reads what `save` wrote, to the CPU, without running code from the file.
 
         Raises:
             ValueError: the file is no calibration, or is damaged.
         """
         try:
-            content = torch.load(path, weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
             layers = {name: Spectrum(**spectrum) for name, spectrum in content["layers"].items()}
             for name, spectrum in layers.items():
                 _check_spectrum(name, spectrum)
@@ -140,6 +159,8 @@ class Calibration:
 
 def _check_spectrum(name: str, spectrum: Spectrum) -> None:
     modes = len(spectrum.size)
+    if not is_count(spectrum.calls):
+        raise ValueError(f"layer {name!r} has {spectrum.calls!r} calls a batch")
     if not len(spectrum.eigenvalues) == len(spectrum.eigenvectors) == modes:
         raise ValueError(f"layer {name!r} has {modes} modes, but another number of eigenvalues or eigenvectors")
     for mode, (values, vectors) in enumerate(zip(spectrum.eigenvalues, spectrum.eigenvectors)):
@@ -204,26 +225,29 @@ def calibrate(
         raise ValueError("calibrate: model has no compressed layers; call compress_ first")
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"calibrate: max_bytes is {max_bytes}; expected at least 1, or None")
+    if max_batches is not None and not is_count(max_batches):
+        raise ValueError(f"calibrate: max_batches is {max_batches!r}; expected at least 1, or None")
     ranks = Ranks(process_group)
     run = _Runner(model, loader, max_batches, forward_fn, progress)
     calibration = Calibration()
-    collector = Collector(layers, max_bytes, run.repeatable)
-    everyone = _pass_over(run, collector, ranks)
-    calibration.batches = sum(batches for batches, _ in everyone)
-    if not calibration.batches:
-        raise ValueError("calibrate: loader gave no batch; expected at least one")
-    views, calibration.shared = agree(collector, [seen for _, seen in everyone])
-    waiting = {name: view for name, view in views.items() if any(seen.deferred for seen in view)}
-    sizes = {name: max(seen.bytes for seen in view) for name, view in waiting.items()}
-    _decompose(calibration, collector, ranks, {k: v for k, v in views.items() if k not in waiting}, bool(waiting))
-    for group in list(groups_within(sizes, max_bytes, calibration.shared)):
-        collector = Collector({name: layers[name] for name in group}, None, run.repeatable)
+    groups: list[Collection[str]] = [list(layers)]
+    while groups:
+        group = groups.pop(0)
+        collector = Collector({name: layers[name] for name in group}, max_bytes, run.repeatable)
         everyone = _pass_over(run, collector, ranks)
+        if run.passes == 1:
+            calibration.batches = sum(batches for batches, _ in everyone)
+            if not calibration.batches:
+                raise ValueError("calibrate: loader gave no batch; expected at least one")
         views, owners = agree(collector, [seen for _, seen in everyone])
         for name in group:
             calibration.shared.pop(name, None)
         calibration.shared.update(owners)
-        _decompose(calibration, collector, ranks, views, True)
+        waiting = {name: view for name, view in views.items() if any(seen.deferred for seen in view)}
+        done = {name: view for name, view in views.items() if name not in waiting}
+        _decompose(calibration, collector, ranks, done, bool(waiting) or run.passes > 1)
+        sizes = {name: max(seen.bytes for seen in view) for name, view in waiting.items()}
+        groups += groups_within(sizes, max_bytes, calibration.shared)
     calibration.shared = {name: owner for name, owner in calibration.shared.items() if owner in calibration.layers}
     for name, owner in calibration.shared.items():
         calibration.layers[name] = calibration.layers[owner]
@@ -262,7 +286,8 @@ class _Runner:
         with collector.watching(), _eval_mode(self.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             total = self.max_batches
             if total is None:
-                total = getattr(self.loader, "__len__", lambda: None)()
+                # A `DataLoader` of an `IterableDataset` has a `__len__` that raises.
+                total = length_hint(self.loader) or None
             label = "calibrating" if self.passes == 1 else f"calibrating, pass {self.passes}"
             with tqdm(total=total, desc=label, unit="batch", disable=not self.progress, leave=False) as bar:
                 for batch in self.loader:
@@ -325,7 +350,7 @@ def _decompose(
 
 def _spectrum(name: str, record: Grams) -> Spectrum:
     assert record.size is not None
-    spectrum = Spectrum(record.size, [], [], tuple(sorted(record.varied)))
+    spectrum = Spectrum(record.size, [], [], tuple(sorted(record.varied)), record.most_calls)
     for mode, gram in enumerate(record.grams):
         if gram is None:
             spectrum.eigenvalues.append(None)
@@ -334,7 +359,10 @@ def _spectrum(name: str, record: Grams) -> Spectrum:
         try:
             values, vectors = torch.ops.lance.gram_eigh(gram)
         except RuntimeError as error:
-            raise RuntimeError(f"calibrate: layer {name!r}, mode {mode} of its input: {error}") from error
+            raise RuntimeError(
+                f"calibrate: layer {name!r}, mode {mode} of its input: {error} (squares of float32 values above 1e19 "
+                "are infinite)"
+            ) from error
         spectrum.eigenvalues.append(values)
         spectrum.eigenvectors.append(vectors)
         record.grams[mode] = None
@@ -346,7 +374,7 @@ def _empty_spectrum(record: Grams) -> Spectrum:
     assert record.size is not None
     values = [None if gram is None else gram.new_empty(gram.shape[0]) for gram in record.grams]
     vectors = [None if gram is None else torch.empty_like(gram) for gram in record.grams]
-    return Spectrum(record.size, values, vectors, tuple(sorted(record.varied)))
+    return Spectrum(record.size, values, vectors, tuple(sorted(record.varied)), record.most_calls)
 
 
 @contextmanager

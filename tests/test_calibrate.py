@@ -176,6 +176,24 @@ def test_modules_never_called_are_listed_and_left_plain():
     assert not model["idle"].is_calibrated
 
 
+def test_layers_that_the_next_calibration_does_not_reach_become_plain():
+    model = compressed(nn.ModuleDict({"used": nn.Linear(6, 3), "idle": nn.Linear(6, 3)}), energy=0.5)
+    calibrated(model, [torch.randn(9, 6)], forward_fn=lambda model, x: model["used"](x) + model["idle"](x.exp()))
+    assert model["idle"].is_calibrated
+    with pytest.warns(UserWarning, match="no batch reached idle; these layers stay plain"):
+        calibrated(model, [torch.randn(9, 6)], forward_fn=lambda model, x: model["used"](x))
+    assert model["used"].is_calibrated
+    assert not model["idle"].is_calibrated
+
+
+def test_factors_found_in_inference_mode_train():
+    model = compressed(nn.Sequential(nn.Linear(6, 3)), energy=0.5)
+    with torch.inference_mode():
+        calibrated(model, [torch.randn(9, 6)])
+    model(torch.randn(9, 6)).sum().backward()
+    assert model[0].is_calibrated
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_names_the_layer_and_leaves_the_factors(bad):
     model = compressed(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), energy=0.6)
@@ -193,6 +211,39 @@ def test_refusals():
         calibrated(nn.Linear(6, 3), [torch.randn(2, 6)])
     with pytest.raises(ValueError, match="loader gave no batch"):
         calibrated(compressed(nn.Sequential(nn.Linear(6, 3))), [])
+    for wrong in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match=rf"calibrate: max_batches is {wrong}; expected at least 1, or None"):
+            calibrated(compressed(nn.Sequential(nn.Linear(6, 3))), [torch.randn(2, 6)], max_batches=wrong)
+    with pytest.raises(RuntimeError, match="squares of float32 values above 1e19 are infinite"):
+        calibrated(compressed(nn.Sequential(nn.Linear(6, 3))), [torch.full((2, 6), 2e19)])
+
+
+def test_a_loader_that_does_not_know_its_length():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(torch.randn(4, 6))
+
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=2)
+    assert calibrated(compressed(nn.Sequential(nn.Linear(6, 3))), loader, max_batches=None).batches == 2
+
+
+def test_every_part_keeps_to_the_budget_of_its_own_configuration():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    lance.compress_(model[0], lance.LanceConfig(energy=0.9, core_bits=8))
+    lance.compress_(model[1], lance.LanceConfig(budget_bytes=150))
+    lance.compress_(model[2], lance.LanceConfig(budget_bytes=30))
+    x = torch.randn(12, 6)
+    calibrated(model, [x])
+    rows = lance.report(model, x).layers
+    assert model[0].lance_core_bits == 8
+    assert rows[0].counted_bytes > 30
+    assert 30 < rows[1].counted_bytes <= 150
+    assert 0 < rows[2].counted_bytes <= 30
+    before = [layer.factors for layer in model]
+    model[2].lance_config = lance.LanceConfig(budget_bytes=1)
+    with pytest.raises(ValueError, match="the least"):
+        calibrated(model, [x])
+    assert all(a is b for layer, old in zip(model, before) for a, b in zip(layer.factors, old))
 
 
 def test_other_ranks_without_the_data(tmp_path):

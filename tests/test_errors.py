@@ -133,6 +133,7 @@ CASES = {
     "compress_: model has compressed layers already": twice,
     "calibrate: model has no compressed layers": lambda: lance.calibrate(nn.Linear(6, 3), batches()),
     "calibrate: max_bytes is ": lambda: lance.calibrate(compressed(), batches(), max_bytes=0),
+    "calibrate: max_batches is ": lambda: lance.calibrate(compressed(), batches(), max_batches=0),
     "calibrate: loader gave no batch": lambda: lance.calibrate(compressed(), [], progress=False),
     "calibrate: the Gram matrices of this model exceed max_bytes": once_only,
     "calibrate: layer ": lambda: lance.calibrate(compressed(), batches(torch.nan), progress=False),

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lance_kernels as lance
+from lance_kernels import _grams
 from tests.models import images, resnet, vit
 from tests.ops.cases import assert_near
 
@@ -163,6 +164,49 @@ def test_inputs_that_differ_later_get_grams_of_their_own():
     assert_near(found.layers["two"].eigenvalues[1], torch.linalg.eigvalsh(gram).flip(0), factor=10)
     gram = sum(batch.double().mT @ batch.double() for batch in batches)
     assert_near(found.layers["one"].eigenvalues[1], torch.linalg.eigvalsh(gram).flip(0), factor=10)
+
+
+class Optional(nn.Module):
+    """The first layer is called alone where the batch is odd."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(SIZE, 4) for _ in range(3))
+
+    def forward(self, x):
+        x = x * 1
+        y = self.one(x) + self.three(x)
+        return y if x.shape[0] % 2 else y + self.two(x)
+
+
+@pytest.mark.parametrize("max_bytes", [None, 1])
+def test_a_layer_called_without_its_owner_gets_grams_of_its_own(max_bytes):
+    batches = [torch.randn(4, SIZE), torch.randn(5, SIZE) * torch.arange(SIZE), torch.randn(6, SIZE)]
+    model = Optional()
+    lance.compress_(model, lance.LanceConfig(companions="none"))
+    found = lance.calibrate(model, batches, progress=False, max_bytes=max_bytes)
+    assert found.shared == {"three": "one"}
+    assert not found.uncalled
+    gram = sum(batch.double().mT @ batch.double() for batch in (batches[0], batches[2]))
+    assert_near(found.layers["two"].eigenvalues[1], torch.linalg.eigvalsh(gram).flip(0), factor=10)
+    lance.calibrate(model, iter(batches), progress=False)
+    assert model.two.lance_source is model.two
+
+
+def test_ranks_that_call_the_owner_alone_end_the_sharing():
+    def seen_on(batch):
+        model = Optional()
+        lance.compress_(model)
+        collector = _grams.Collector(dict(lance.convert.compressed_layers(model)), None, True)
+        with collector.watching(), torch.no_grad():
+            model(batch)
+        return collector
+
+    both, alone = seen_on(torch.randn(4, SIZE)), seen_on(torch.randn(5, SIZE))
+    views, owners = _grams.agree(both, [both.seen(), alone.seen()])
+    assert owners == {"three": "one"}
+    assert list(views) == ["one", "two"]
+    assert all(torch.equal(a, b) for a, b in zip(both.records["two"].grams[1:], both.records["one"].grams[1:]))
 
 
 def test_other_ranks_end_the_sharing():

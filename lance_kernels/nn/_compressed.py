@@ -102,11 +102,13 @@ class CompressedLayer(nn.Module):
         self.lance_clear_factors()
         dtype = accumulation_dtype(self.weight.dtype)
         names = tuple(factor_name(mode, len(factors)) for mode in range(len(factors)))
-        for name, factor in zip(names, factors):
-            stored = None if factor is None else factor.detach().to(device, dtype, copy=True).contiguous()
-            self.register_buffer(name, stored)
+        # Autograd saves no tensor that inference mode made.
+        with torch.inference_mode(False):
+            for name, factor in zip(names, factors):
+                stored = None if factor is None else factor.detach().to(device, dtype, copy=True).contiguous()
+                self.register_buffer(name, stored)
+            self.lance_lengths = None if lengths is None else lengths.detach().to(device, torch.int32, copy=True)
         self._lance_factor_names = names
-        self.lance_lengths = None if lengths is None else lengths.detach().to(device, torch.int32, copy=True)
         self._lance_count = 0 if lengths is None or lengths.is_meta else int(lengths.sum())
 
     def lance_clear_factors(self) -> None:
