@@ -45,7 +45,7 @@ class LayerPlan:
         ranks: one rank a mode; None keeps the mode.
         count: values of a sample's core that are kept, those of the largest expected energy; None for all.
         core_bits: 8, 4, 2 or 1 bits a value of the core, None the dtype of the input.
-        bytes: what the layer will hold, scales included; 0 where another layer of the same input holds it.
+        bytes: what all calls of the layer will hold, scales included; 0 where another layer of the same input holds it.
         dense_bytes: what a plain layer holds.
         flops: floating point operations of the projection and of the weight gradient from the core.
         dense_flops: those of a plain layer's weight gradient.
@@ -101,6 +101,10 @@ class Candidate(ABC):
     def core_bytes(self, choice: Choice) -> int:
         """Bytes that a choice takes."""
 
+    def _bytes(self, core: Sequence[int], width: int | None) -> int:
+        """Bytes of the cores of all calls."""
+        return self.work.calls * core_bytes(core, width, self.itemsize)
+
     @abstractmethod
     def cosine_kept(self, choice: Choice) -> float:
         """Predicted gradient cosine of a choice before rounding."""
@@ -133,7 +137,7 @@ class Candidate(ABC):
     def describe(self, choice: Choice) -> LayerPlan:
         """A choice as the plan says it."""
 
-    def _plan(self, ranks: list[int | None], count: int | None, choice: Choice) -> LayerPlan:
+    def _plan(self, ranks: list[int | None], count: int | None, choice: Choice, flops: int) -> LayerPlan:
         return LayerPlan(
             self.name,
             tuple(self.size),
@@ -141,8 +145,8 @@ class Candidate(ABC):
             count,
             choice[1],
             self.core_bytes(choice),
-            math.prod(self.size) * self.itemsize,
-            self.work.from_core(ranks),
+            self.work.calls * math.prod(self.size) * self.itemsize,
+            flops,
             self.work.dense,
             self.error(choice),
         )
@@ -157,6 +161,9 @@ class RankCandidate(Candidate):
         fixed = None
         if rule_for(self.name, len(self.size), config) is not None:
             fixed = choose_ranks(self.name, spectrum.eigenvalues, config)
+        pairs = zip(self.size, spectrum.eigenvalues)
+        # Sizes that the ranks are of: the calibration's, whatever batch the bytes are for.
+        self.full = [extent if values is None else len(values) for extent, values in pairs]
         self.kept: list[np.ndarray[Any, Any]] = []
         self.allowed: list[np.ndarray[Any, Any]] = []
         for mode, eigenvalues in enumerate(spectrum.eigenvalues):
@@ -176,7 +183,7 @@ class RankCandidate(Candidate):
 
     def core_bytes(self, choice: Choice) -> int:
         """Bytes of a core of these ranks."""
-        return core_bytes(*choice, self.itemsize)
+        return self._bytes(self._core(choice[0]), choice[1])
 
     def cosine_kept(self, choice: Choice) -> float:
         """What the modes leave together."""
@@ -189,10 +196,16 @@ class RankCandidate(Candidate):
 
     def operations(self, choice: Choice) -> int:
         """Operations for a core of these ranks."""
-        return self.work.from_core(self._modes(choice))
+        pairs = zip(self._modes(choice), self._core(choice[0]))
+        return self.work.from_core([None if rank is None else extent for rank, extent in pairs])
 
     def _modes(self, choice: Choice) -> list[int | None]:
-        return [None if rank == size else rank for rank, size in zip(choice[0], self.size)]
+        return [None if rank == full else rank for rank, full in zip(choice[0], self.full)]
+
+    def _core(self, ranks: Sequence[int]) -> list[int]:
+        """The core's shape: a batch mode with a factor has a copy of it for every batch of the calibration's size."""
+        copies = -(-self.size[0] // max(self.full[0], 1))
+        return [self.size[0] if ranks[0] == self.full[0] else copies * ranks[0], *ranks[1:]]
 
     def best_at(self, price: float, work_price: float) -> Choice:
         """By descent over one mode at a time, from the least ranks and from the largest."""
@@ -219,7 +232,7 @@ class RankCandidate(Candidate):
             return int(allowed[0])
         most[mode] = int(allowed[-1])
         # Bytes and operations are all but linear in one rank.
-        each = price * core_bytes(most, width, self.itemsize) / most[mode]
+        each = price * self._bytes(self._core(most), width) / most[mode]
         if work_price:
             least = [*ranks[:mode], int(allowed[0]), *ranks[mode + 1 :]]
             more = self.operations((most, width)) - self.operations((least, width))
@@ -243,7 +256,7 @@ class RankCandidate(Candidate):
 
     def describe(self, choice: Choice) -> LayerPlan:
         """Ranks, None where a mode is kept."""
-        return self._plan(self._modes(choice), None, choice)
+        return self._plan(self._modes(choice), None, choice, self.operations(choice))
 
 
 class SelectionCandidate(Candidate):
@@ -270,9 +283,9 @@ class SelectionCandidate(Candidate):
         self.counts = np.unique(np.geomspace(1, len(order), GRID).round().astype(np.int64))
         self.kept = np.stack([self._kept(box, fractions.numpy(), places) for box in self.boxes])
         self.work_of = np.array([self.work.from_core(self._ranks(box)) for box in self.boxes], dtype=np.float64)
-        widths = [core_bytes((self.size[0], int(self.counts[-1])), width, self.itemsize) for width in self.bits]
+        widths = [self._bytes((self.size[0], int(self.counts[-1])), width) for width in self.bits]
         # Bytes are all but linear in the count: (width, count)
-        self._bytes = np.outer(widths, self.counts / self.counts[-1])
+        self.bytes_of = np.outer(widths, self.counts / self.counts[-1])
         self._gains: tuple[float, np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = None
 
     def _ranks(self, box: Sequence[int]) -> list[int | None]:
@@ -313,7 +326,7 @@ class SelectionCandidate(Candidate):
 
     def core_bytes(self, choice: Choice) -> int:
         """Bytes of that many values a sample."""
-        return core_bytes((self.size[0], choice[0][0]), choice[1], self.itemsize)
+        return self._bytes((self.size[0], choice[0][0]), choice[1])
 
     def operations(self, choice: Choice) -> int:
         """Operations for the whole box."""
@@ -335,7 +348,7 @@ class SelectionCandidate(Candidate):
             gains = bought[:, None, None] * self.kept - work_price * self.work_of[:, None]
             self._gains = work_price, gains.argmax(1), gains.max(1)
         _, boxes, gains = self._gains
-        at = np.unravel_index(int((gains - price * self._bytes).argmax()), gains.shape)
+        at = np.unravel_index(int((gains - price * self.bytes_of).argmax()), gains.shape)
         return (int(self.counts[at[1]]), int(boxes[at])), self.bits[at[0]]
 
     def larger(self, choice: Choice) -> Iterable[Choice]:
@@ -351,7 +364,8 @@ class SelectionCandidate(Candidate):
     def describe(self, choice: Choice) -> LayerPlan:
         """The count, and ranks of few operations that hold it."""
         count, box = choice[0]
-        return self._plan(self._ranks(self._narrowed(count, self.boxes[box])), count, choice)
+        ranks = self._ranks(self._narrowed(count, self.boxes[box]))
+        return self._plan(ranks, count, choice, self.work.from_core(ranks))
 
     def _narrowed(self, count: int, box: Sequence[int]) -> list[int]:
         """Ranks of `count` values of large expected energy: of the largest ones, narrowed while little is lost.

@@ -20,9 +20,10 @@ from lance_kernels._candidates import (
 )
 from lance_kernels._ranks import rule_for
 from lance_kernels._work import Work
-from lance_kernels.config import LanceConfig
+from lance_kernels.config import LanceConfig, is_count
 from lance_kernels.convert import compressed_layers
 from lance_kernels.nn._compressed import CompressedLayer
+from lance_kernels.ops.pack_core import BITS
 from lance_kernels.state import share_factors
 
 if TYPE_CHECKING:
@@ -136,8 +137,14 @@ def plan(
         The plan; its `apply` puts it into effect.
 
     Raises:
-        ValueError: the budget is below the least possible, which the message gives; or the model lacks a layer.
+        ValueError: the budget is below the least possible, which the message gives; the model lacks a layer; or an
+            argument is out of its range.
     """
+    if batch_size is not None and not is_count(batch_size):
+        raise ValueError(f"plan: batch_size is {batch_size!r}; expected at least 1, or None")
+    bits = tuple(bits)
+    if not bits or any(isinstance(width, bool) or width not in (*BITS, None) for width in bits):
+        raise ValueError(f"plan: bits is {bits}; expected one or more of 8, 4, 2, 1 and None")
     layers = dict(compressed_layers(model))
     missing = [name for name in calibration.layers if name not in layers]
     if missing:
@@ -152,7 +159,7 @@ def plan(
             [layers[name], *sharers.get(name, [])],
             spectrum,
             batch_size,
-            tuple(bits),
+            bits,
             config or layers[name].lance_config,
         )
         for name, spectrum in calibration.layers.items()
@@ -189,7 +196,7 @@ def _candidate(
     if batch_size is not None and len(size) > 1:
         size[0] = batch_size
     layer = layers[0]
-    common = (name, size, layer.weight.element_size(), bits, Work(layers, size), config)
+    common = (name, size, layer.weight.element_size(), bits, Work(layers, size, spectrum.calls), config)
     if selectable(spectrum) and rule_for(name, len(size), config) is None:
         return SelectionCandidate(*common, spectrum=spectrum)
     feature = 1 if hasattr(layer, "batched_dim") else len(size) - 1

@@ -249,3 +249,68 @@ def test_layers_of_one_input_are_planned_and_counted_once():
     assert {planned.layers["gate"].bytes, planned.layers["up"].bytes} == {0, planned.bytes}
     planned.apply(model, calibration)
     assert lance.report(model, x, lambda y: y.sum()).counted_bytes == planned.bytes
+
+
+def test_layers_called_several_times_keep_to_the_budget(tmp_path):
+    class Again(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = torch.nn.Conv2d(6, 6, 3, padding=1), torch.nn.Linear(6, 6)
+
+        def forward(self, x):
+            for _ in range(3):
+                x = torch.tanh(self.conv(x))
+            x = x.mean((2, 3))
+            return self.fc(torch.tanh(self.fc(x)))
+
+    model, x = Again(), torch.randn(4, 6, 8, 8)
+    lance.compress_(model, lance.LanceConfig(companions="none", budget_bytes=900, max_work=0.8))
+    calibration = lance.calibrate(model, [x], progress=False)
+    assert [spectrum.calls for spectrum in calibration.layers.values()] == [3, 2]
+    planned = lance.plan(model, calibration, 900)
+    result = lance.report(model, x)
+    assert planned.bytes == result.counted_bytes <= 900
+    for row in result.layers:
+        assert planned.layers[row.name].bytes == row.counted_bytes
+        assert planned.layers[row.name].dense_bytes == row.dense_bytes
+    with FlopCounterMode(display=False) as core:
+        model(x).sum().backward()
+    with lance.exact(model), FlopCounterMode(display=False) as dense:
+        model(x).sum().backward()
+    saved = sum(layer.dense_flops - layer.flops for layer in planned.layers.values())
+    assert dense.get_total_flops() - core.get_total_flops() == saved
+    calibration.save(tmp_path / "new.pt")
+    content = torch.load(tmp_path / "new.pt")
+    for spectrum in content["layers"].values():
+        del spectrum["calls"]
+    torch.save(content, tmp_path / "old.pt")
+    assert {spectrum.calls for spectrum in lance.Calibration.load(tmp_path / "old.pt").layers.values()} == {1}
+
+
+@pytest.mark.parametrize("batch_size", [12, 24, 30, 5])
+def test_a_fixed_batch_factor_is_counted_for_every_batch_of_its_size(batch_size):
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8))
+    lance.compress_(model, lance.LanceConfig(batch_mode="fixed", core_bits=8))
+    x = (torch.randn(12, 3) @ torch.randn(3, 80) + 0.01 * torch.randn(12, 80)).view(12, 5, 16)
+    calibration = lance.calibrate(model, [x], progress=False)
+    planned = lance.plan(model, calibration, 400, batch_size=batch_size)
+    planned.apply(model, calibration)
+    assert planned.layers["0"].ranks[0] is not None
+    assert lance.report(model, torch.randn(batch_size, 5, 16)).counted_bytes == planned.bytes <= 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": ()}, r"plan: bits is \(\); expected"),
+        ({"bits": (3,)}, r"plan: bits is \(3,\); expected"),
+        ({"bits": (True,)}, r"plan: bits is \(True,\); expected"),
+        ({"batch_size": -3}, "plan: batch_size is -3; expected"),
+        ({"batch_size": 2.5}, "plan: batch_size is 2.5; expected"),
+    ],
+)
+def test_plan_names_the_argument_that_is_out_of_range(arguments, message):
+    model, calibration, _ = budgeted()
+    with pytest.raises(ValueError, match=message):
+        lance.plan(model, calibration, 5000, **arguments)
+    assert lance.plan(model, calibration, 5000, bits=iter((8, 4))).bytes <= 5000
