@@ -7,7 +7,9 @@ calls would recompile, so there the tracker does nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +32,9 @@ class Drift:
     Attributes:
         kept: share of the input's energy (sum of squares) in the core, over the inputs looked at; None before any.
         first: the same for the first few inputs after calibration or the start of tracking.
-        modes: share that each mode's factor keeps alone; None where the mode is kept.
-        inputs: number of inputs looked at.
+        modes: share that each mode's factor keeps alone; None where the mode is kept. For cores of patches the second
+            is of the patches, the others are of output positions.
+        inputs: number of inputs looked at; none that hold NaN or infinity, and none of a `report`.
     """
 
     kept: float | None
@@ -50,6 +53,7 @@ class _Tracker:
 
     def __init__(self, every: int) -> None:
         self.every = every
+        self.suspended = False
         self.handle: RemovableHandle | None = None
         self.factors: list[torch.Tensor | None] = []
         self.begin()
@@ -73,9 +77,10 @@ class _Tracker:
             if self.handle is not None:
                 self.handle.remove()
             return
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not layer.is_calibrated:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not layer.is_calibrated or self.suspended:
             return
-        factors = layer.factors
+        patch = getattr(layer, "lance_patch", None)
+        factors = layer.factors if patch is None else [patch.factor, *patch.spatial]
         if len(factors) != len(self.factors) or any(new is not old for new, old in zip(factors, self.factors)):
             self.begin()
             self.factors = factors
@@ -87,15 +92,13 @@ class _Tracker:
     def look(self, layer: CompressedLayer, x: torch.Tensor) -> None:
         if x.dim() + 1 == getattr(layer, "batched_dim", None):
             x = x.unsqueeze(0)
-        factors = layer.lance_factors_for(x.shape)
-        total = float(x.float().square().sum())
-        if factors is None or not total:
+        patch = getattr(layer, "lance_patch", None)
+        found = _energies(layer, x) if patch is None else _patch_energies(layer, patch, x)
+        if found is None:
             return
-        alone: list[float | None] = []
-        for mode, factor in enumerate(factors):
-            only = [factor if index == mode else None for index in range(x.dim())]
-            alone.append(None if factor is None else _energy(x, only))
-        core = _energy(x, factors)
+        total, core, alone = found
+        if not (total and math.isfinite(total)):
+            return
         if self.openings < OPENING_INPUTS:
             self.opening = [self.opening[0] + core, self.opening[1] + total]
             self.openings += 1
@@ -111,8 +114,61 @@ class _Tracker:
         return Drift(self.core / self.total, first, modes, self.inputs)
 
 
-def _energy(x: torch.Tensor, factors: list[torch.Tensor | None]) -> float:
-    return float(torch.ops.lance.tucker_project(x, factors).float().square().sum())
+def _energies(layer: CompressedLayer, x: torch.Tensor) -> tuple[float, float, list[float | None]] | None:
+    """Energies of an input, of its core, and of its projection in each mode alone."""
+    factors = layer.lance_factors_for(x.shape)
+    if factors is None:
+        return None
+    lengths, _ = layer.lance_lengths_for(factors)
+    core = torch.ops.lance.tucker_project(x, factors)
+    if lengths is not None:
+        core = core * (torch.arange(core.shape[-1], device=core.device) < lengths[..., None])
+    return _energy(x), _energy(core), _alone(x, factors)
+
+
+def _patch_energies(layer: CompressedLayer, patch: Any, x: torch.Tensor) -> tuple[float, float, list[float | None]]:
+    """The same of a convolution's patches, whose core is of patches and output positions."""
+    convolution: Any = layer
+    numbers = convolution.kernel_size, *convolution.lance_geometry()
+    # The sum of every patch's squares.
+    total = torch.ops.lance.patch_project(x.float().square(), torch.ones_like(patch.factor[..., :1]), *numbers)
+    projected = torch.ops.lance.patch_project(x, patch.factor, *numbers)
+    pairs = zip(patch.spatial, projected.shape[2:])
+    spatial = [factor if factor is not None and len(factor) == extent else None for factor, extent in pairs]
+    factors = [None, None, *spatial]
+    core = torch.ops.lance.tucker_project(projected, factors)
+    feature = _energy(projected)
+    # A mode of positions alone: what it keeps of the projected patches.
+    share = float(total.double().sum()) / feature if feature else 0.0
+    alone = [None if energy is None else energy * share for energy in _alone(projected, factors)]
+    return float(total.double().sum()), _energy(core), [None, feature, *alone[2:]]
+
+
+def _alone(x: torch.Tensor, factors: Sequence[torch.Tensor | None]) -> list[float | None]:
+    none: list[torch.Tensor | None] = [None] * x.dim()
+    return [
+        None
+        if factor is None
+        else _energy(torch.ops.lance.tucker_project(x, [*none[:mode], factor, *none[mode + 1 :]]))
+        for mode, factor in enumerate(factors)
+    ]
+
+
+def _energy(x: torch.Tensor) -> float:
+    return float(x.float().square().sum())
+
+
+@contextmanager
+def tracking_suspended(model: nn.Module) -> Iterator[None]:
+    """Within this context no tracked layer looks at its input."""
+    trackers = [vars(layer)["lance_tracker"] for _, layer in compressed_layers(model) if _tracked(layer)]
+    for tracker in trackers:
+        tracker.suspended = True
+    try:
+        yield
+    finally:
+        for tracker in trackers:
+            tracker.suspended = False
 
 
 def track_drift(model: nn.Module, every: int = 16) -> None:

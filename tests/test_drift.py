@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lance_kernels as lance
+from lance_kernels.continual.layers import PatchFactors, keep_patches_
 from tests.ops.cases import assert_near
 
 
@@ -39,6 +40,48 @@ def test_kept_energy_is_the_cores_share():
     assert_near(torch.tensor(entry.modes[1]), expected)
     assert entry.ratio == pytest.approx(1.0)
     assert entry.inputs == 1
+
+
+def test_values_that_a_plan_leaves_out_are_not_kept():
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1))
+    lance.compress_(model, lance.LanceConfig(budget_bytes=2000))
+    x = torch.randn(16, 8, 10, 10)
+    lance.calibrate(model, [x], progress=False)
+    lance.track_drift(model, every=1)
+    model(x).sum().backward()
+    core = torch.einsum("bchw,ci,hj,wk->bijk", x, *model[0].factors[1:])
+    kept = core[:, torch.arange(core.shape[-1]) < model[0].lance_lengths[..., None]]
+    assert_near(torch.tensor(lance.drift(model)["0"].kept), kept.square().sum() / x.square().sum(), factor=10)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_an_input_that_is_not_finite_and_a_report_are_not_looked_at(bad):
+    model = prepared()
+    model(low_rank(0))
+    before = lance.drift(model)["0"]
+    model(torch.full((4, 8), bad))
+    lance.report(model, low_rank(5))
+    assert lance.drift(model)["0"] == before
+
+
+def test_cores_of_patches_are_looked_at():
+    model = nn.Conv2d(4, 6, 3, padding=1, groups=2)
+    lance.compress_(model, lance.LanceConfig(core_bits=None))
+    keep_patches_(model)
+    factor = torch.linalg.qr(torch.randn(2, 18, 5))[0]
+    spatial = torch.linalg.qr(torch.randn(7, 3))[0]
+    model.set_patch_factors(PatchFactors(factor, [spatial, None]))
+    lance.track_drift(model, every=1)
+    x = torch.randn(3, 4, 7, 7)
+    model(x).sum().backward()
+    patches = nn.functional.unfold(x, 3, padding=1).view(3, 2, 18, 7, 7)
+    projected = torch.einsum("bgphw,gpr->bgrhw", patches, factor)
+    core = torch.einsum("bgrhw,hk->bgrkw", projected, spatial)
+    entry, total = lance.drift(model)[""], patches.square().sum()
+    assert_near(torch.tensor(entry.kept), core.square().sum() / total, factor=10)
+    assert_near(torch.tensor(entry.modes[1]), projected.square().sum() / total, factor=10)
+    assert_near(torch.tensor(entry.modes[2]), core.square().sum() / projected.square().sum(), factor=10)
+    assert (entry.modes[0], entry.modes[3], entry.inputs) == (None, None, 1)
 
 
 def test_data_that_turns_away_shows_and_recalibration_mends_it():

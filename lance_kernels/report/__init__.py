@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lance_kernels._batches import run_model, tensors_in, to_device_of
 from lance_kernels.convert import compressed_layers, exact
+from lance_kernels.drift import tracking_suspended
 from lance_kernels.nn._compressed import CompressedLayer
 from lance_kernels.ops.pack_core import core_bytes
 
@@ -479,11 +480,11 @@ def _quiet_profiler() -> Iterator[None]:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Puts buffers and random number generators back afterwards; gradients are never touched."""
+    """Puts buffers and random number generators back, without a look for drift; gradients are never touched."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     # A forward pass may also put other tensors in their place.
     places = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
+    with torch.random.fork_rng(devices=_cuda_devices(model)), tracking_suspended(model):
         try:
             yield
         finally:
