@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,6 +73,9 @@ def compress_(
     Raises:
         TypeError: `model` is not a module, or `config` not a `LanceConfig`.
         ValueError: the model is compressed already.
+
+    Warns:
+        UserWarning: `config.target_modules` matches no layer.
     """
     config = LanceConfig() if config is None else config
     if not isinstance(model, nn.Module):
@@ -81,16 +85,22 @@ def compress_(
     if any(True for _ in compressed_layers(model)):
         raise ValueError("compress_: model has compressed layers already; expected a plain model (call revert_ first)")
     summary = Summary()
-    excluded = config.exclude_modules
-    for name, module in list(model.named_modules()):
-        if not _is_candidate(module):
-            continue
+    excluded, targets = config.exclude_modules, config.target_modules
+    candidates = {name: module for name, module in model.named_modules() if _is_candidate(module)}
+    if targets and not any(matches(name, targets) for name in candidates):
+        warnings.warn(
+            f"compress_: target_modules is {targets!r}, which matches no linear or convolution layer", stacklevel=2
+        )
+    chosen: dict[str, nn.Module] = {}
+    for name, module in candidates.items():
         reason = _reason_to_leave(module, name, config, filter_fn)
         if reason is None and is_dtensor(module.weight) and not fully_sharded(model):
             reason = "tensor parallel (its weight is a DTensor)"
-        if reason is not None:
+        if reason is None:
+            chosen[name] = module
+        else:
             summary.left[name] = reason
-            continue
+    for name, module in chosen.items():
         layer = COMPRESSED[type(module)]
         module.__class__ = layer
         assert isinstance(module, CompressedLayer)

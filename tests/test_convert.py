@@ -60,6 +60,24 @@ def test_target_modules():
     assert summary.left["line"] == "not in target_modules"
 
 
+def test_a_filter_that_raises_leaves_the_model_plain():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+
+    def refuse_the_last(module, name):
+        if name == "2":
+            raise KeyError(name)
+        return True
+
+    with pytest.raises(KeyError):
+        lance.compress_(model, filter_fn=refuse_the_last)
+    assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_targets_that_match_nothing_are_told():
+    with pytest.warns(UserWarning, match=r"compress_: target_modules is \['nosuch'\], which matches no"):
+        lance.compress_(nn.Sequential(nn.Linear(4, 4)), lance.LanceConfig(target_modules=["nosuch"]))
+
+
 def test_parameters_hooks_and_optimizer_stay():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

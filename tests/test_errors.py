@@ -131,6 +131,7 @@ CASES = {
     "compress_: model is a ": lambda: lance.compress_(3),
     "compress_: config is a ": lambda: lance.compress_(nn.Linear(2, 2), 3),
     "compress_: model has compressed layers already": twice,
+    "compress_: target_modules is ": lambda: compressed(target_modules=["nosuch"]),
     "calibrate: model has no compressed layers": lambda: lance.calibrate(nn.Linear(6, 3), batches()),
     "calibrate: max_bytes is ": lambda: lance.calibrate(compressed(), batches(), max_bytes=0),
     "calibrate: max_batches is ": lambda: lance.calibrate(compressed(), batches(), max_batches=0),
