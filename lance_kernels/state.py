@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lance_kernels.nn._compressed import CompressedLayer
-from lance_kernels.nn._state import absolute_name, is_own, layer_state, relative_name
+from lance_kernels.nn._state import absolute_name, is_own, layer_state, owner_name, owner_tensor, relative_name
 
 
 def plain_state_dict(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,46 +75,60 @@ def share_factors(model: nn.Module, groups: Mapping[str, str]) -> dict[str, str]
         The pairs that share now; the others keep factors of their own.
     """
     layers = _layers(model)
+    members: dict[str, list[str]] = {}
+    # In the model's order, in which states are saved too: whoever has the factors comes first there.
+    for name in layers:
+        members.setdefault(groups.get(name, name), []).append(name)
     linked: dict[str, str] = {}
-    for name, owner_name in groups.items():
-        layer, owner = layers.get(name), layers.get(owner_name)
-        if layer is None or owner is None or layer is owner or owner._lance_owner is not None:
-            continue
-        same = _same([*layer.factors, layer.lance_lengths], [*owner.factors, owner.lance_lengths])
-        if layer.lance_core_bits == owner.lance_core_bits and same:
-            layer.lance_use_factors_of(owner, relative_name(owner_name, name))
-            linked[name] = owner_name
+    for group in members.values():
+        owners: list[str] = []
+        for name in group:
+            owner = next((other for other in owners if _same(layers[name], layers[other])), None)
+            if owner is None:
+                owners += [name] if layers[name]._lance_owner is None else []
+            else:
+                layers[name].lance_use_factors_of(layers[owner], relative_name(owner, name))
+                linked[name] = owner
     prepare_loading(model)
     return linked
 
 
 def prepare_loading(model: nn.Module) -> None:
-    """Lets the model check a state before it loads any of it, and keep its factors out of DDP's broadcasts.
+    """Lets the model and its parts check a state before they load any of it; keeps factors out of DDP's broadcasts.
 
     Args:
         model: the root that names in states are relative to.
     """
     forget_loading(model)
+    for module in model.modules():
+        if _layers(module):
+            module.register_load_state_dict_pre_hook(_check_state if module is model else _check_part)
+            module.register_load_state_dict_post_hook(_finish_loading if module is model else _link_loaded)
     if _layers(model):
-        model.register_load_state_dict_pre_hook(_check_state)
-        model.register_load_state_dict_post_hook(_link_loaded)
         _ignore_in_ddp(model)
 
 
 def forget_loading(model: nn.Module) -> None:
     """Undoes `prepare_loading`."""
-    before: dict[int, Any] = model._load_state_dict_pre_hooks
-    for key in [key for key, hook in before.items() if getattr(hook, "hook", hook) is _check_state]:
-        del before[key]
-    after: dict[int, Any] = model._load_state_dict_post_hooks
-    for key in [key for key, hook in after.items() if hook is _link_loaded]:
-        del after[key]
+    for module in model.modules():
+        before: dict[int, Any] = module._load_state_dict_pre_hooks
+        for key in [key for key, hook in before.items() if getattr(hook, "hook", hook) in (_check_state, _check_part)]:
+            del before[key]
+        after: dict[int, Any] = module._load_state_dict_post_hooks
+        for key in [key for key, hook in after.items() if hook in (_link_loaded, _finish_loading)]:
+            del after[key]
     vars(model).pop("_ddp_params_and_buffers_to_ignore", None)
+
+
+def _check_part(model: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    """The same for a part of the model that is loaded by itself."""
+    if not prefix:
+        _check_state(model, state_dict, prefix, *arguments)
 
 
 def _check_state(
     model: nn.Module,
-    state_dict: Mapping[str, Any],
+    state_dict: dict[str, Any],
     prefix: str,
     local_metadata: Any,
     strict: bool,
@@ -124,6 +138,7 @@ def _check_state(
 ) -> None:
     """Refuses a state whose factors do not fit before any tensor of the model is overwritten."""
     layers = _layers(model)
+    _give_to_users(layers, state_dict, prefix)
     by_layer: dict[str, dict[str, Any]] = {}
     for key, value in state_dict.items():
         if key.startswith(prefix) and is_own(key):
@@ -137,9 +152,9 @@ def _check_state(
         found, wrong = layer_state(layer, entries, full)
         problems += wrong
         if found is not None and found.owner:
-            owner_name = absolute_name(found.owner, name)
-            owner = by_layer.get(owner_name or "")
-            if owner_name in (None, name) or owner_name not in layers or owner is None:
+            owner_of = absolute_name(found.owner, name)
+            owner = by_layer.get(owner_of or "")
+            if owner_of in (None, name) or owner_of not in layers or owner is None:
                 problems.append(f"{full}lance_owner names {found.owner!r}, which has no factors in this state")
             elif any(key.endswith(".lance_owner") for key in owner):
                 problems.append(f"{full}lance_owner names {found.owner!r}, which uses another layer's factors")
@@ -153,13 +168,37 @@ def _check_state(
         )
 
 
+def _give_to_users(layers: Mapping[str, CompressedLayer], state_dict: dict[str, Any], prefix: str) -> None:
+    """Has factors whose layer is plain in this model stored by the first layer that uses them."""
+    first: dict[str, str] = {}
+    for name in layers:
+        key = f"{prefix}{name}.lance_owner"
+        relative = owner_name(state_dict.get(key))
+        owner = absolute_name(relative, name) if relative else None
+        if owner is None or owner in layers:
+            continue
+        if owner in first:
+            state_dict[key] = owner_tensor(relative_name(first[owner], name))
+            continue
+        for other in [other for other in state_dict if other.startswith(f"{prefix}{owner}.") and is_own(other)]:
+            first[owner] = name
+            state_dict[f"{prefix}{name}.{other.rpartition('.')[2]}"] = state_dict[other]
+        if owner in first:
+            del state_dict[key]
+
+
 def _link_loaded(model: nn.Module, incompatible_keys: Any) -> None:
     layers = _layers(model)
     for name, layer in layers.items():
-        owner = vars(layer).pop("_lance_pending_owner", None)
-        owner_name = absolute_name(owner, name) if owner else None
-        if owner_name in layers:
-            layer.lance_use_factors_of(layers[owner_name], owner)
+        owner = vars(layer).get("_lance_pending_owner")
+        found = absolute_name(owner, name) if owner else None
+        if owner and found in layers:
+            del vars(layer)["_lance_pending_owner"]
+            layer.lance_use_factors_of(layers[found], owner)
+
+
+def _finish_loading(model: nn.Module, incompatible_keys: Any) -> None:
+    _link_loaded(model, incompatible_keys)
     _ignore_in_ddp(model)
 
 
@@ -179,8 +218,13 @@ def _layers(model: nn.Module) -> dict[str, CompressedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLayer)}
 
 
-def _same(mine: list[torch.Tensor | None], theirs: list[torch.Tensor | None]) -> bool:
-    return len(mine) == len(theirs) and all(
-        a is b or (a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b))
-        for a, b in zip(mine, theirs)
+def _same(mine: CompressedLayer, theirs: CompressedLayer) -> bool:
+    pairs = list(zip([*mine.factors, mine.lance_source.lance_lengths], [*theirs.factors, theirs.lance_lengths]))
+    return (
+        len(mine.factors) > 0
+        and mine.lance_core_bits == theirs.lance_core_bits
+        and len(mine.factors) == len(theirs.factors)
+        and all(
+            a is b or (a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)) for a, b in pairs
+        )
     )

@@ -250,3 +250,15 @@ def test_input_in_memory_that_someone_else_writes():
             model(x).sum().backward()
         assert projections.calls == 1
         torch.testing.assert_close(model.key.weight.grad, 2 * x.sum(0).expand(SIZE, SIZE))
+
+
+def test_whoever_comes_first_in_the_model_has_the_factors():
+    class Backwards(Heads):
+        def forward(self, x):
+            h = torch.tanh(x)
+            return self.value(h) + self.key(h) + self.query(h)
+
+    model, found = prepared(Backwards(), torch.randn(4, 24, SIZE))
+    assert found.shared == {"key": "value", "query": "value"}
+    assert model.value.lance_source is model.key.lance_source is model.query
+    assert model.query.lance_source is model.query

@@ -327,3 +327,93 @@ def test_shared_factors_are_saved_once():
         actual = torch.autograd.grad(nn.functional.cross_entropy(one(x).logits, labels), list(one.parameters()))
         assert all(torch.equal(a, b) for a, b in zip(actual, expected))
         assert lance.held_bytes(one, x) == lance.held_bytes(model, x)
+
+
+class Pair(nn.Module):
+    """Two layers of one input, and one more in a part of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.part = nn.ModuleDict({"v": nn.Linear(8, 8)})
+
+    def forward(self, x):
+        return self.q(x) + self.k(x) * self.part["v"](x)
+
+
+POINTS = torch.linspace(-2, 2, 400).view(50, 8).sin()
+
+
+def paired(**config):
+    model = nn.Sequential(Pair())
+    lance.compress_(model, lance.LanceConfig(energy=0.6, **config))
+    lance.calibrate(model, [POINTS], progress=False)
+    assert model[0].k.lance_source is model[0].part["v"].lance_source is model[0].q
+    return model
+
+
+def pair_gradients(model):
+    x = POINTS.to(next(model.parameters()).dtype)
+    return torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+
+
+@pytest.mark.parametrize("budget", [None, 200])
+def test_a_part_is_loaded_by_itself(budget):
+    model = paired(budget_bytes=budget)
+    fresh = nn.Sequential(Pair())
+    lance.compress_(fresh)
+    fresh[0].load_state_dict(model[0].state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(pair_gradients(model), pair_gradients(fresh)))
+    assert fresh[0].part["v"].lance_source is fresh[0].q
+    fresh = nn.Sequential(Pair())
+    lance.compress_(fresh)
+    fresh[0].part.load_state_dict(model[0].part.state_dict())
+    assert torch.equal(fresh[0].part["v"].factors[1], model[0].q.factors[1])
+    alone = {key.removeprefix("0.k."): value for key, value in model.state_dict().items() if key.startswith("0.k.")}
+    with pytest.raises(RuntimeError, match=r"names '\.q', which has no factors in this state"):
+        fresh[0].k.load_state_dict(alone)
+
+
+@pytest.mark.parametrize("budget", [None, 200])
+def test_an_owner_that_is_reverted_hands_its_factors_on(budget):
+    model = paired(budget_bytes=budget)
+    expected = pair_gradients(model)
+    lance.revert_(model[0].q)
+    assert type(model[0].q) is nn.Linear
+    found = pair_gradients(model)
+    assert all(torch.equal(a, b) for a, b in list(zip(expected, found))[2:])
+    model.load_state_dict(model.state_dict())
+
+
+def test_an_owner_that_is_replaced_leaves_its_factors_to_the_others():
+    model = paired()
+    model[0].q = nn.Linear(8, 8)
+    expected = pair_gradients(model)
+    fresh = copy.deepcopy(model)
+    for _ in range(2):
+        state = model.state_dict()
+        fresh.load_state_dict(load(save(state)))
+        assert same(fresh.state_dict(), state)
+    assert fresh[0].part["v"].lance_source is fresh[0].k
+    assert all(torch.equal(a, b) for a, b in zip(expected, pair_gradients(fresh)))
+    model.double()
+    assert model[0].k.factors[1].dtype == torch.float64
+    assert all(gradient.isfinite().all() for gradient in pair_gradients(model))
+
+
+def test_a_model_whose_owner_is_plain_takes_the_factors_to_the_others():
+    model = paired()
+    fresh = nn.Sequential(Pair())
+    lance.compress_(fresh, lance.LanceConfig(exclude_modules=["q"]))
+    result = fresh.load_state_dict(model.state_dict(), strict=False)
+    assert {key.rpartition(".")[0] for key in result.unexpected_keys} == {"0.q"}
+    assert fresh[0].part["v"].lance_source is fresh[0].k
+    found = list(zip(pair_gradients(model), pair_gradients(fresh)))
+    assert all(torch.equal(a, b) for a, b in found[2:])
+
+
+def test_new_factors_of_an_owner_are_new_for_the_others_too():
+    model = paired()
+    factor = torch.linalg.qr(torch.randn(8, 3))[0]
+    model[0].q.set_factors([None, factor])
+    assert torch.equal(model[0].k.factors[1], factor)

@@ -12,7 +12,7 @@ from torch import nn
 
 from lance_kernels.config import LanceConfig
 from lance_kernels.nn._shared import SharedCore
-from lance_kernels.nn._state import factor_name, layer_state, owner_tensor
+from lance_kernels.nn._state import factor_name, layer_state, owner_tensor, relative_name
 from lance_kernels.ops._checks import accumulation_dtype
 
 Factors = list[torch.Tensor | None]
@@ -43,6 +43,9 @@ class CompressedLayer(nn.Module):
     _lance_owner: tuple[CompressedLayer, str] | None
     # Where an owner's core is found by the layers that use its factors; only owners have one.
     _lance_shared: SharedCore | None
+    _lance_users: list[CompressedLayer]
+    # What the last state that holds these factors has for their form, by which other users find them there.
+    _lance_saved_form: torch.Tensor | None
 
     def __init__(self, *args: Any, config: LanceConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,6 +60,8 @@ class CompressedLayer(nn.Module):
         self._lance_factor_names = ()
         self._lance_owner = None
         self._lance_shared = None
+        self._lance_users = []
+        self._lance_saved_form = None
 
     @property
     def lance_source(self) -> CompressedLayer:
@@ -81,7 +86,7 @@ class CompressedLayer(nn.Module):
 
     @property
     def lance_owner(self) -> torch.Tensor:
-        """Name of the layer that stores this one's factors, as a saved state has it; empty for one that has its own."""
+        """Name of the layer that stores this one's factors; `torch.distributed.checkpoint` asks for it by its key."""
         return owner_tensor("" if self._lance_owner is None else self._lance_owner[1])
 
     def set_factors(self, factors: Sequence[torch.Tensor | None], lengths: torch.Tensor | None = None) -> None:
@@ -99,7 +104,10 @@ class CompressedLayer(nn.Module):
     def _store_factors(
         self, factors: Sequence[torch.Tensor | None], lengths: torch.Tensor | None, device: torch.device
     ) -> None:
+        # The layers that use this one's factors follow.
+        users, self._lance_users = self._lance_users, []
         self.lance_clear_factors()
+        self._lance_users = users
         dtype = accumulation_dtype(self.weight.dtype)
         names = tuple(factor_name(mode, len(factors)) for mode in range(len(factors)))
         # Autograd saves no tensor that inference mode made.
@@ -112,12 +120,17 @@ class CompressedLayer(nn.Module):
         self._lance_count = 0 if lengths is None or lengths.is_meta else int(lengths.sum())
 
     def lance_clear_factors(self) -> None:
-        """Forgets the factors; the layer is plain again until it gets new ones."""
+        """Forgets the factors; the layer is plain until it gets new ones. Layers that used them get copies of them."""
+        if self._lance_owner is not None:
+            self._lance_owner[0]._lance_users.remove(self)
+            self._lance_owner = None
+        factors = self.factors
+        for user in list(self._lance_users):
+            user._store_factors(factors, self.lance_lengths, user.weight.device)
         for name in self._lance_factor_names:
             delattr(self, name)
         self.lance_lengths = None
         self._lance_factor_names = ()
-        self._lance_owner = None
 
     def lance_use_factors_of(self, owner: CompressedLayer, name: str) -> None:
         """Drops the layer's factors for those of a layer that reads the same input, and its cores with them.
@@ -128,6 +141,7 @@ class CompressedLayer(nn.Module):
         """
         self.lance_clear_factors()
         self._lance_owner = (owner, name)
+        owner._lance_users.append(self)
         if owner._lance_shared is None:
             owner._lance_shared = SharedCore()
 
@@ -226,14 +240,42 @@ class CompressedLayer(nn.Module):
             after = getattr(self, name)
             if after is not None and after.dtype != dtype:
                 setattr(self, name, before.to(after.device, dtype))
+        if self._lance_owner is not None:
+            self._lance_owner[0]._lance_follow(self.weight)
         return self
+
+    def _lance_follow(self, weight: torch.Tensor) -> None:
+        """Brings the factors to where the weight of a layer that uses them is: this one may have left the model."""
+        dtype = accumulation_dtype(weight.dtype)
+        for name in (*self._lance_factor_names, "lance_lengths"):
+            tensor = getattr(self, name)
+            if tensor is not None and not tensor.is_meta:
+                setattr(self, name, tensor.to(weight.device, dtype if tensor.is_floating_point() else None))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.is_calibrated:
-            destination[f"{prefix}lance_form"] = self.lance_form
-            if self._lance_owner is not None:
-                destination[f"{prefix}lance_owner"] = self.lance_owner
+        if not self.is_calibrated:
+            return
+        source = self.lance_source
+        names = [name for name in (*source._lance_factor_names, "lance_lengths") if getattr(source, name) is not None]
+        first = self._lance_saved_in(destination)
+        form = destination[f"{prefix}lance_form"] = self.lance_form
+        if first in (None, prefix):
+            source._lance_saved_form = form
+            for name in names:
+                factor = getattr(source, name)
+                destination[f"{prefix}{name}"] = factor if keep_vars else factor.detach()
+        else:
+            # Each factor is saved once, by the first of its users that is there.
+            for name in names:
+                destination.pop(f"{prefix}{name}", None)
+            destination[f"{prefix}lance_owner"] = owner_tensor(relative_name(first[:-1], prefix[:-1]))
+
+    def _lance_saved_in(self, destination: Mapping[str, Any]) -> str | None:
+        """The prefix under which a state has this layer's factors already; None where it does not."""
+        saved = self.lance_source._lance_saved_form
+        found = (key for key, value in destination.items() if value is saved and key.endswith("lance_form"))
+        return next((key.removesuffix("lance_form") for key in found), None)
 
     def _load_from_state_dict(
         self,
@@ -245,8 +287,11 @@ class CompressedLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        vars(self).pop("_lance_pending_owner", None)
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         found, problems = layer_state(self, own, prefix)
+        if found is not None and found.owner and not prefix:
+            problems.append(f"lance_owner names {found.owner!r}, which has no factors in this state")
         error_msgs.extend(problems)
         if found is not None:
             for key in found.keys:
@@ -257,7 +302,7 @@ class CompressedLayer(nn.Module):
                 self._store_factors(found.factors, found.lengths, device)
                 self.lance_core_bits = found.core_bits
             elif found.owner and not problems:
-                # The root's hook finds the owner once everything is loaded.
+                # A hook finds the owner once everything is loaded.
                 vars(self)["_lance_pending_owner"] = found.owner
                 self.lance_core_bits = found.core_bits
         # Strict loading asks for every buffer: the factors were dealt with here, or stay as they are.

@@ -68,6 +68,16 @@ def owner_tensor(name: str) -> torch.Tensor:
     return torch.tensor(list(name.encode()), dtype=torch.uint8)
 
 
+def owner_name(value: object) -> str | None:
+    """The name in what `owner_tensor` gave; None for anything else."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.uint8 or value.dim() != 1 or value.is_meta:
+        return None
+    try:
+        return bytes(value.tolist()).decode() if value.numel() <= 4096 else None
+    except UnicodeDecodeError:
+        return None
+
+
 def relative_name(name: str, own: str) -> str:
     """A module's name as seen from another module, both in one model."""
     parts, mine = name.split("."), own.split(".")
@@ -128,10 +138,10 @@ def layer_state(layer: CompressedLayer, state: Mapping[str, Any], prefix: str) -
         elif name == "lance_lengths":
             lengths = value
         elif name == "lance_owner":
-            owner_name = _owner_name(value)
-            if owner_name is None:
+            named_owner = owner_name(value)
+            if named_owner is None:
                 problems.append(f"{key} is {_describe(value)}; expected a layer's name in UTF-8, uint8")
-            owner = owner_name or ""
+            owner = named_owner or ""
         else:
             problems.append(f"{key} is no name of a factor")
     if not keys:
@@ -181,15 +191,6 @@ def _form(value: torch.Tensor) -> tuple[int, int] | None:
         return None
     modes, bits = value.tolist()
     return (modes, bits) if 1 <= modes <= MOST_MODES and bits in (0, *BITS) else None
-
-
-def _owner_name(value: torch.Tensor) -> str | None:
-    if value.dtype != torch.uint8 or value.dim() != 1 or value.numel() > 4096 or value.is_meta:
-        return None
-    try:
-        return bytes(value.tolist()).decode()
-    except UnicodeDecodeError:
-        return None
 
 
 def _describe(value: torch.Tensor) -> str:
