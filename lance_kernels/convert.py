@@ -25,7 +25,6 @@ from lance_kernels.state import forget_loading, prepare_loading
 COMPRESSED: dict[type[nn.Module], type[CompressedLayer]] = {
     layer.plain_type: layer for layer in (lance_nn.Linear, lance_nn.Conv1d, lance_nn.Conv2d, lance_nn.Conv3d)
 }
-_PLAIN: dict[type, type[nn.Module]] = {layer: plain for plain, layer in COMPRESSED.items()}
 
 
 @dataclass
@@ -129,7 +128,7 @@ def revert_(model: nn.Module) -> nn.Module:
         for attribute in [name for name in vars(layer) if name.startswith(("lance_", "_lance_"))]:
             delattr(layer, attribute)
         module: nn.Module = layer
-        module.__class__ = without(type(layer), _PLAIN.get)
+        module.__class__ = without(type(layer), lambda kind: vars(kind).get("plain_type"))
     return model
 
 

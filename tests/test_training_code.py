@@ -268,6 +268,7 @@ def test_layers_whose_forward_was_replaced_are_left():
 
 @pytest.fixture
 def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield Accelerator(cpu=True, mixed_precision="bf16")
     # What it shares is the process's.
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -121,13 +121,19 @@ class PatchConvolution(_Convolution):
 class PatchConv1d(PatchConvolution, lance_nn.Conv1d):
     """`lance_kernels.nn.Conv1d` that can keep projected patches."""
 
+    plain_type = nn.Conv1d
+
 
 class PatchConv2d(PatchConvolution, lance_nn.Conv2d):
     """`lance_kernels.nn.Conv2d` that can keep projected patches."""
 
+    plain_type = nn.Conv2d
+
 
 class PatchConv3d(PatchConvolution, lance_nn.Conv3d):
     """`lance_kernels.nn.Conv3d` that can keep projected patches."""
+
+    plain_type = nn.Conv3d
 
 
 KEEPING_PATCHES: dict[type[nn.Module], type[PatchConvolution]] = {

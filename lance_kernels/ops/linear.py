@@ -342,7 +342,8 @@ def _weight_grad_reference(grad_output: torch.Tensor, core: torch.Tensor, factor
 
 
 def _bias_grad(grad_output: torch.Tensor) -> torch.Tensor:
-    return grad_output.sum(dim=list(range(grad_output.dim() - 1))) if grad_output.dim() > 1 else grad_output.clone()
+    # Summed in one order whatever the strides.
+    return grad_output.reshape(math.prod(grad_output.shape[:-1]), grad_output.shape[-1]).sum(dim=0)
 
 
 def _weight_bias_grad_reference(
