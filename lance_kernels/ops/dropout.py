@@ -16,9 +16,10 @@ from lance_kernels.ops._registry import (
     needs_grad,
     not_differentiable,
     once_differentiable,
+    register_triton,
     writable,
 )
-from lance_kernels.ops.mask import check_mask, pack_bits, unpack_bits
+from lance_kernels.ops.mask import check_mask
 
 
 def dropout(x: torch.Tensor, p: float = 0.5) -> torch.Tensor:
@@ -64,7 +65,7 @@ def _mask_reference(x: torch.Tensor, p: float, order: Sequence[int]) -> tuple[to
     _check_dropout("dropout_mask", x, p)
     check_order("dropout_mask", x, order)
     y, kept = _draw(x, p)
-    return from_order(in_order(y, order), order), pack_bits(in_order(kept, order))
+    return from_order(in_order(y, order), order), torch.ops.lance.pack_mask(kept, order)
 
 
 def _mask_fake(x: torch.Tensor, p: float, order: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,20 +74,23 @@ def _mask_fake(x: torch.Tensor, p: float, order: Sequence[int]) -> tuple[torch.T
     return empty_in_order(x, order), x.new_empty([(x.numel() + 7) // 8], dtype=torch.uint8)
 
 
-def _grad_reference(grad: torch.Tensor, mask: torch.Tensor, p: float, order: Sequence[int]) -> torch.Tensor:
+def check_dropout_grad(grad: torch.Tensor, mask: torch.Tensor, p: float, order: Sequence[int]) -> None:
+    """Refuses what is not a gradient of dropout and its mask."""
     _check_dropout("dropout_grad", grad, p)
     check_order("dropout_grad", grad, order)
     check_mask("dropout_grad", mask, grad)
-    flat = in_order(grad, order)
+
+
+def dropout_grad_reference(grad: torch.Tensor, mask: torch.Tensor, p: float, order: Sequence[int]) -> torch.Tensor:
+    """Reference of `lance::dropout_grad`."""
+    check_dropout_grad(grad, mask, p, order)
     # Multiplied, not selected: a dropped infinity or NaN stays NaN, as in ATen.
-    noise = unpack_bits(mask, flat.numel()).view(flat.shape) * _scale(grad, p)
-    return from_order(flat * noise, order)
+    noise = torch.ops.lance.unpack_mask(mask, grad, order) * _scale(grad, p)
+    return from_order(in_order(grad, order) * in_order(noise, order), order)
 
 
 def _grad_fake(grad: torch.Tensor, mask: torch.Tensor, p: float, order: Sequence[int]) -> torch.Tensor:
-    _check_dropout("dropout_grad", grad, p)
-    check_order("dropout_grad", grad, order)
-    check_mask("dropout_grad", mask, grad)
+    check_dropout_grad(grad, mask, p, order)
     return empty_in_order(grad, order)
 
 
@@ -140,7 +144,7 @@ define(
 )
 define(
     "dropout_grad(Tensor grad, Tensor mask, float p, int[] order) -> Tensor",
-    reference=_grad_reference,
+    reference=dropout_grad_reference,
     fake=_grad_fake,
     autograd=not_differentiable("dropout_grad"),
 )
@@ -151,3 +155,4 @@ define(
     autograd=_dropout_autograd,
     tags=(torch.Tag.nondeterministic_seeded,),
 )
+register_triton("dropout_grad", file="mask")

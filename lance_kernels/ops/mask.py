@@ -132,15 +132,20 @@ def unpack_bits(mask: torch.Tensor, numel: int) -> torch.Tensor:
     return bits.reshape(-1)[:numel].to(torch.bool)
 
 
-def _pack_mask_reference(bits: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+def check_bits(bits: torch.Tensor, order: Sequence[int]) -> None:
+    """Refuses bits that are not bool, and an order that does not fit them."""
     check_order("pack_mask", bits, order)
     check(bits.dtype == torch.bool, f"lance::pack_mask: bits has dtype {bits.dtype}; expected torch.bool")
+
+
+def pack_mask_reference(bits: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """Reference of `lance::pack_mask`."""
+    check_bits(bits, order)
     return pack_bits(in_order(bits, order))
 
 
 def _pack_mask_fake(bits: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-    check_order("pack_mask", bits, order)
-    check(bits.dtype == torch.bool, f"lance::pack_mask: bits has dtype {bits.dtype}; expected torch.bool")
+    check_bits(bits, order)
     return bits.new_empty([(bits.numel() + 7) // 8], dtype=torch.uint8)
 
 
@@ -153,7 +158,8 @@ def check_mask(operator: str, mask: torch.Tensor, x: torch.Tensor) -> None:
     )
 
 
-def _unpack_mask_reference(mask: torch.Tensor, like: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+def unpack_mask_reference(mask: torch.Tensor, like: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """Reference of `lance::unpack_mask`."""
     check_order("unpack_mask", like, order)
     check_mask("unpack_mask", mask, like)
     return from_order(unpack_bits(mask, like.numel()).view([like.shape[dim] for dim in order]), order)
@@ -314,12 +320,12 @@ def _in_place(x: torch.Tensor, low: float | None, high: float | None, slope: flo
 
 define(
     "pack_mask(Tensor bits, int[] order) -> Tensor",
-    reference=_pack_mask_reference,
+    reference=pack_mask_reference,
     fake=_pack_mask_fake,
 )
 define(
     "unpack_mask(Tensor mask, Tensor like, int[] order) -> Tensor",
-    reference=_unpack_mask_reference,
+    reference=unpack_mask_reference,
     fake=_unpack_mask_fake,
     autograd=not_differentiable("unpack_mask"),
 )
@@ -359,6 +365,8 @@ define(
     fake=lambda x, slope=0.01: _checked("leaky_relu", x, None, None, slope),
     autograd=lambda x, slope=0.01: _differentiable("leaky_relu", x, None, None, slope),
 )
+register_triton("pack_mask", file="mask")
+register_triton("unpack_mask", file="mask")
 register_triton("masked_activation", file="mask")
 register_triton("masked_activation_", file="mask")
 register_triton("masked_activation_grad", file="mask")

@@ -8,7 +8,13 @@ import torch
 
 from lance_kernels.kernels import activation, mask
 from lance_kernels.ops.activation import KINDS, codes_reference, derivative_bound, grad_reference
-from lance_kernels.ops.mask import masked_grad_reference, masked_reference
+from lance_kernels.ops.dropout import dropout_grad_reference
+from lance_kernels.ops.mask import (
+    masked_grad_reference,
+    masked_reference,
+    pack_mask_reference,
+    unpack_mask_reference,
+)
 from tests.kernels.strict import strict
 from tests.ops.companion_cases import assert_same_bits, with_special
 
@@ -29,6 +35,22 @@ def check_mask(shape: tuple[int, ...], dtype: torch.dtype, bounds: tuple[float |
     in_place = x.clone()
     assert torch.equal(mask.masked_activation_(in_place, *bounds, order), bits)
     assert_same_bits(in_place, expected)
+
+
+def check_bits(shape: tuple[int, ...], reverse: bool) -> None:
+    order = list(reversed(range(len(shape)))) if reverse else list(range(len(shape)))
+    bits = torch.rand(shape) < 0.4
+    packed = mask.pack_mask(bits, order)
+    assert torch.equal(packed, pack_mask_reference(bits, order))
+    found, expected = mask.unpack_mask(packed, bits, order), unpack_mask_reference(packed, bits, order)
+    assert torch.equal(found, bits)
+    assert found.stride() == expected.stride()
+    for dtype, p in itertools.product(DTYPES, (0.0, 0.1, 0.5)):
+        grad = with_special(shape, dtype)
+        # ATen's kernels for CUDA multiply in float32, and round the product alone.
+        wide = grad if dtype == torch.float64 else grad.float()
+        expected_grad = dropout_grad_reference(wide, packed, p, order).to(dtype)
+        assert_same_bits(mask.dropout_grad(grad, packed, p, order), expected_grad)
 
 
 def check_codes(shape: tuple[int, ...], dtype: torch.dtype, kind: str, bits: int) -> None:
@@ -53,6 +75,9 @@ def main() -> None:
     cases = 0
     for shape, dtype, bounds in itertools.product(SHAPES, DTYPES, BOUNDS):
         check_mask(shape, dtype, bounds)
+        cases += 1
+    for shape, reverse in itertools.product((*SHAPES, ()), (False, True)):
+        check_bits(shape, reverse)
         cases += 1
     for shape, dtype, kind, bits in itertools.product(SHAPES[1::2] + SHAPES[4:5], DTYPES, KINDS, (8, 4)):
         check_codes(shape, dtype, kind, bits)

@@ -14,7 +14,7 @@ from tests.kernels.programs import interpreted
 
 
 def test_kernels_agree_with_the_references_under_the_interpreter():
-    assert interpreted("interpreted_companions") == "352 cases"
+    assert interpreted("interpreted_companions") == "366 cases"
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -27,6 +27,18 @@ def test_masks_compile_through_their_launchers(capability):
                 mask.masked_activation_grad(x, bits, bounds[2], [0, 1])
     assert len(compiled) == 12
     assert_without_spills(compiled, least_bytes=16)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_bits_compile_through_their_launchers(capability):
+    x = torch.randn(4, 4096).bfloat16()
+    with compiling_for(capability) as compiled:
+        bits = mask.pack_mask(x > 0, [0, 1])
+        mask.unpack_mask(bits, x, [0, 1])
+        mask.dropout_grad(x, bits, 0.1, [0, 1])
+    assert [kernel.name for kernel in compiled] == ["pack_kernel", "unpack_kernel", "dropout_grad_kernel"]
+    for kernel, widest in zip(compiled, (8, 1, 16)):  # eight flags, their byte, eight gradients
+        assert_without_spills([kernel], least_bytes=widest)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
