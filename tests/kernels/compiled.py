@@ -72,6 +72,11 @@ class Compiled:
             answer = subprocess.run([TOOLS / name, *options, file.name], capture_output=True, text=True, check=True)
         return answer.stdout
 
+    @property
+    def instructions(self) -> int:
+        """Instructions there are; a thread without loops and branches executes no more."""
+        return len(re.findall(r"/\*[0-9a-f]{4,}\*/", self.sass))
+
     @functools.cached_property
     def load_bytes(self) -> list[int]:
         """Bytes a thread takes from global memory at once, by load instruction."""

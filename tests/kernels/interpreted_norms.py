@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import torch
+import triton
+import triton.language as tl
 
 from lance_kernels.kernels import batch_norm, pooling, quantize_rows
 from lance_kernels.ops._layout import memory_order
@@ -16,7 +19,8 @@ from tests.kernels.strict import strict
 from tests.ops.companion_cases import assert_same_bits, with_special
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-IMAGES = [(1, 1, 1), (2, 3, 5), (2, 5, 3, 7), (0, 4, 2, 2), (2, 8, 11, 17)]
+IMAGES = [(1, 1, 1), (2, 3, 5), (2, 5, 3, 7), (0, 4, 2, 2), (2, 8, 11, 17), (3, 24, 7, 8), (9, 16)]
+ELEMENTS = [(0, 5, 7), (2048, 24, 56), (3 * 2**33, 8, 1), (5 * 2**31, 3, 3 * 2**30 + 5), (2**31, 2, 2**31 + 8)]
 WINDOWS = [  # kernel, stride, padding, dilation, ceil mode
     ((3, 3), (2, 2), (1, 1), (1, 1), False),
     ((2, 3), (1, 2), (0, 1), (2, 1), True),
@@ -42,7 +46,7 @@ def check_batch_norm(shape: tuple[int, ...], dtype: torch.dtype, last: bool, aff
     if last:
         x, grad = channels_last(x), channels_last(grad)
     order, channels = memory_order(x), shape[1]
-    weight, bias, mean = (torch.randn(channels) for _ in range(3))
+    weight, bias, mean = torch.randn(1).expand(channels), torch.randn(channels, 2)[:, 1], torch.randn(channels)
     var = torch.rand(channels) + 0.1
     args = (weight if affine else None, bias if affine else None, mean, var, 1e-5, high)
     y, bits = batch_norm.batch_norm_relu_mask(x, *args, order)
@@ -56,6 +60,23 @@ def check_batch_norm(shape: tuple[int, ...], dtype: torch.dtype, last: bool, aff
     scale = args[0], var, 1e-5, order
     close(batch_norm.batch_norm_relu_grad(grad, bits, *scale), relu_grad_reference(grad, bits, *scale))
     close(batch_norm.batch_norm_frozen_grad(grad, *scale), frozen_grad_reference(grad, *scale))
+
+
+@triton.jit
+def look_up_kernel(table, out, start, channels, inner, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    first, second = batch_norm.look_up(table, start, channels, inner, ALIGNED, BLOCK)
+    index = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    tl.store(out + index, (first + second).to(tl.int32) + tl.zeros_like(index))
+
+
+def check_channels(start: int, channels: int, inner: int) -> None:
+    """The channels of elements far beyond 32 bits."""
+    table, out = torch.arange(channels).float().repeat(2, 1), torch.empty(512, dtype=torch.int32)
+    expected = (start + torch.arange(512)) // inner % channels
+    aligned = "inner" if inner % 8 == 0 else "channels" if inner == 1 else "neither"
+    for kind in {aligned, "neither"}:
+        look_up_kernel[(1,)](table, out, start, channels, inner, ALIGNED=kind, BLOCK=512)
+        assert torch.equal(out, 2 * expected.int())
 
 
 def check_rows(shape: tuple[int, ...], outer: int, rows: int, dtype: torch.dtype, centered: bool) -> None:
@@ -107,7 +128,12 @@ def main() -> None:
     for shape, dtype, last, affine, high in itertools.product(
         IMAGES, DTYPES, (False, True), (False, True), (None, 6.0)
     ):
-        check_batch_norm(shape, dtype, last, affine, high)
+        for narrow in (2**31, 0):
+            with mock.patch.object(batch_norm, "NARROW", narrow):
+                check_batch_norm(shape, dtype, last, affine, high)
+        cases += 1
+    for numbers in ELEMENTS:
+        check_channels(*numbers)
         cases += 1
     for (shape, outer, rows), dtype, centered in itertools.product(ROWS, DTYPES, (False, True)):
         check_rows(shape, outer, rows, dtype, centered)
