@@ -1,8 +1,8 @@
 """Max pooling whose windows' largest elements are kept as one byte each, in Triton.
 
 Offset `p` of an output element is the place of its window's largest element within the window, counted over the
-kernel's axes, the last fastest. In backward every input element gathers from the windows over it, in the outputs'
-order, so that nothing is added atomically.
+kernel's axes, the last fastest. In backward every input element gathers from the windows that can hold it,
+`(kernel - 1) dilation / stride + 1` an axis, in the outputs' order, so that nothing is added atomically.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lance_kernels.ops.pooling import (
 )
 
 BLOCK = 1024
+NARROW = 2**31 - BLOCK  # elements whose indices fit 32 bits
 
 
 @triton.jit
@@ -57,6 +58,12 @@ def place(image, channel, d, h, w, channels, depth, height, width, CHANNELS_LAST
     return result
 
 
+@triton.constexpr_function
+def unrolled(length, inner):
+    """By how much a loop is unrolled whose body is another of `inner` turns."""
+    return length if length * inner <= 9 else 1
+
+
 @triton.jit
 def offsets_kernel(
     x,
@@ -75,26 +82,45 @@ def offsets_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     DILATION: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    WINDOW: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    inside = index < total
     image, channel, od, oh, ow = split(index, channels, out_depth, out_height, out_width, CHANNELS_LAST)
     best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     at = tl.full([BLOCK], -1, dtype=tl.int32)
-    for p in range(WINDOW):
-        d = od * STRIDE[0] - PADDING[0] + p // (KERNEL[1] * KERNEL[2]) * DILATION[0]
-        h = oh * STRIDE[1] - PADDING[1] + p // KERNEL[2] % KERNEL[1] * DILATION[1]
-        w = ow * STRIDE[2] - PADDING[2] + p % KERNEL[2] * DILATION[2]
-        valid = (d >= 0) & (d < in_depth) & (h >= 0) & (h < in_height) & (w >= 0) & (w < in_width) & (index < total)
-        source = place(image, channel, d, h, w, channels, in_depth, in_height, in_width, CHANNELS_LAST)
-        value = tl.load(x + source, mask=valid, other=0.0).to(tl.float32)
-        # The first of equals wins, the last of NaNs; a window of -inf is its first element.
-        better = valid & ((value > best) | (value != value) | (at < 0))
-        best = tl.where(better, value, best)
-        at = tl.where(better, p, at)
-    tl.store(y + index, best.to(y.dtype.element_ty), mask=index < total)
-    tl.store(offsets + index, at.to(tl.uint8), mask=index < total)
+    for i in tl.range(0, KERNEL[0], loop_unroll_factor=unrolled(KERNEL[0], KERNEL[1] * KERNEL[2])):
+        d = od * STRIDE[0] - PADDING[0] + i * DILATION[0]
+        inside_d = inside & (d >= 0) & (d < in_depth)
+        for j in tl.range(0, KERNEL[1], loop_unroll_factor=unrolled(KERNEL[1], KERNEL[2])):
+            h = oh * STRIDE[1] - PADDING[1] + j * DILATION[1]
+            inside_h = inside_d & (h >= 0) & (h < in_height)
+            for k in tl.range(0, KERNEL[2], loop_unroll_factor=unrolled(KERNEL[2], 1)):
+                w = ow * STRIDE[2] - PADDING[2] + k * DILATION[2]
+                valid = inside_h & (w >= 0) & (w < in_width)
+                source = place(image, channel, d, h, w, channels, in_depth, in_height, in_width, CHANNELS_LAST)
+                value = tl.load(x + source, mask=valid, other=0.0).to(tl.float32)
+                # The first of equals wins, the last of NaNs; a window of -inf is its first element.
+                better = valid & ((value > best) | (value != value) | (at < 0))
+                best = tl.where(better, value, best)
+                at = tl.where(better, (i * KERNEL[1] + j) * KERNEL[2] + k, at)
+    tl.store(y + index, best.to(y.dtype.element_ty), mask=inside)
+    tl.store(offsets + index, at.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def window_over(
+    place, back, size, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr
+):
+    """The window `back` ones before the last that starts at or before `place` of an axis of `size` windows.
+
+    Returns its number, which of its taps lies on `place`, and whether there is such a window and tap.
+    """
+    window = (place + PADDING) // STRIDE - back
+    gap = place + PADDING - window * STRIDE
+    tap = gap // DILATION
+    return window, tap, (window >= 0) & (window < size) & (tap < KERNEL) & (gap % DILATION == 0)
 
 
 @triton.jit
@@ -115,25 +141,29 @@ def grad_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     DILATION: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    WINDOW: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    # Windows that can hold an element, of an axis.
+    DEPTH: tl.constexpr = (KERNEL[0] - 1) * DILATION[0] // STRIDE[0] + 1
+    HEIGHT: tl.constexpr = (KERNEL[1] - 1) * DILATION[1] // STRIDE[1] + 1
+    WIDTH: tl.constexpr = (KERNEL[2] - 1) * DILATION[2] // STRIDE[2] + 1
+    index = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    inside = index < total
     image, channel, d, h, w = split(index, channels, in_depth, in_height, in_width, CHANNELS_LAST)
     total_grad = tl.zeros([BLOCK], dtype=tl.float32)
-    for back in range(WINDOW):
-        p = WINDOW - 1 - back  # later places belong to earlier windows
-        from_d = d + PADDING[0] - p // (KERNEL[1] * KERNEL[2]) * DILATION[0]
-        from_h = h + PADDING[1] - p // KERNEL[2] % KERNEL[1] * DILATION[1]
-        from_w = w + PADDING[2] - p % KERNEL[2] * DILATION[2]
-        od, oh, ow = from_d // STRIDE[0], from_h // STRIDE[1], from_w // STRIDE[2]
-        valid = (from_d >= 0) & (from_h >= 0) & (from_w >= 0) & (index < total)
-        valid = valid & (from_d % STRIDE[0] == 0) & (from_h % STRIDE[1] == 0) & (from_w % STRIDE[2] == 0)
-        valid = valid & (od < out_depth) & (oh < out_height) & (ow < out_width)
-        source = place(image, channel, od, oh, ow, channels, out_depth, out_height, out_width, CHANNELS_LAST)
-        chosen = valid & (tl.load(offsets + source, mask=valid, other=0).to(tl.int32) == p)
-        total_grad += tl.load(grad + source, mask=chosen, other=0.0).to(tl.float32)
-    tl.store(out + index, total_grad.to(out.dtype.element_ty), mask=index < total)
+    for i in tl.range(0, DEPTH, loop_unroll_factor=unrolled(DEPTH, HEIGHT * WIDTH)):
+        od, pd, over_d = window_over(d, DEPTH - 1 - i, out_depth, KERNEL[0], STRIDE[0], PADDING[0], DILATION[0])
+        for j in tl.range(0, HEIGHT, loop_unroll_factor=unrolled(HEIGHT, WIDTH)):
+            oh, ph, over_h = window_over(h, HEIGHT - 1 - j, out_height, KERNEL[1], STRIDE[1], PADDING[1], DILATION[1])
+            for k in tl.range(0, WIDTH, loop_unroll_factor=unrolled(WIDTH, 1)):
+                ow, pw, over_w = window_over(w, WIDTH - 1 - k, out_width, KERNEL[2], STRIDE[2], PADDING[2], DILATION[2])
+                over = inside & over_d & over_h & over_w
+                source = place(image, channel, od, oh, ow, channels, out_depth, out_height, out_width, CHANNELS_LAST)
+                chosen = (pd * KERNEL[1] + ph) * KERNEL[2] + pw
+                chosen = over & (tl.load(offsets + source, mask=over, other=0).to(tl.int32) == chosen)
+                total_grad += tl.load(grad + source, mask=chosen, other=0.0).to(tl.float32)
+    tl.store(out + index, total_grad.to(out.dtype.element_ty), mask=inside)
 
 
 def _three(values: Sequence[int], fill: int) -> tuple[int, int, int]:
@@ -186,6 +216,7 @@ def max_pool_offsets(
             *_three(size, 1),
             CHANNELS_LAST=last,
             **_window(kernel, stride, padding, dilation),
+            WIDE=max(x.numel(), y.numel()) > NARROW,
             BLOCK=BLOCK,
         )
     return y, offsets
@@ -224,6 +255,7 @@ def max_pool_grad(
             *_three(grad.shape[-spatial:], 1),
             CHANNELS_LAST=last,
             **_window(kernel, stride, padding, dilation),
+            WIDE=max(out.numel(), grad.numel()) > NARROW,
             BLOCK=BLOCK,
         )
     return out

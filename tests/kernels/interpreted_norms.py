@@ -26,6 +26,9 @@ WINDOWS = [  # kernel, stride, padding, dilation, ceil mode
     ((2, 3), (1, 2), (0, 1), (2, 1), True),
     ((2, 2), (3, 3), (1, 0), (1, 1), False),
     ((2, 2, 3), (2, 1, 2), (1, 1, 0), (1, 2, 1), True),
+    ((5, 4), (1, 1), (2, 2), (1, 1), False),  # more windows over an element than are unrolled
+    ((3, 3, 2), (1, 1, 1), (1, 1, 1), (1, 2, 2), False),
+    ((2, 3), (1, 3), (1, 0), (4, 2), True),
 ]
 ROWS = [((6, 10), 1, 6), ((2, 3, 4, 5), 2, 3), ((1, 1), 1, 1), ((0, 4), 1, 4), ((40, 33, 7), 40, 33), ((3, 2100), 1, 3)]
 
@@ -115,11 +118,20 @@ def check_max_pool(window: tuple[object, ...], dtype: torch.dtype, last: bool, b
     assert torch.equal(found, max_pool_grad_reference(grad, offsets, size, *window))
 
 
-def check_windows_outside(dtype: torch.dtype) -> None:
-    window = ([1, 2], [1, 1], [0, 1], [1, 2], False)
-    y, offsets = pooling.max_pool_offsets(torch.randn(2, 3, 2, 1).to(dtype), *window)
-    assert (y == -torch.inf).all()
-    assert (pooling.max_pool_grad(torch.ones_like(y), offsets, [2, 1], *window) == 0).all()
+def check_windows_outside() -> None:
+    """What windows hold outside of the input adds nothing to the gradient; dilation allows windows wholly outside."""
+    window = ((2, 2), (1, 1), (1, 1), (4, 4), False)
+    y, offsets = pooling.max_pool_offsets(torch.randn(2, 3, 3, 4), *window)
+    assert torch.equal(y, torch.full((2, 3, 1, 2), float("-inf")))
+    assert torch.equal(pooling.max_pool_grad(torch.ones_like(y), offsets, (3, 4), *window), torch.zeros(2, 3, 3, 4))
+    window = ((2, 2), (1, 1), (1, 1), (5, 5), False)
+    offsets = torch.arange(4, dtype=torch.uint8).repeat(9).view(1, 1, 6, 6)
+    found = pooling.max_pool_grad(torch.ones(1, 1, 6, 6), offsets, (9, 9), *window)
+    expected = torch.zeros(9 + 2, 9 + 2)
+    for i, j in itertools.product(range(6), repeat=2):
+        tap = int(offsets[0, 0, i, j])
+        expected[i + 5 * (tap // 2), j + 5 * (tap % 2)] += 1
+    assert torch.equal(found[0, 0], expected[1:-1, 1:-1])
 
 
 def main() -> None:
@@ -141,11 +153,12 @@ def main() -> None:
     for window, dtype, (last, batched) in itertools.product(
         WINDOWS, DTYPES, ((False, True), (True, True), (False, False))
     ):
-        check_max_pool(window, dtype, last, batched)
+        for narrow in (2**31, 0):
+            with mock.patch.object(pooling, "NARROW", narrow):
+                check_max_pool(window, dtype, last, batched)
         cases += 1
-    for dtype in DTYPES:
-        check_windows_outside(dtype)
-        cases += 1
+    check_windows_outside()
+    cases += 1
     print(f"{cases} cases")
 
 

@@ -12,7 +12,7 @@ from tests.kernels.programs import interpreted
 
 
 def test_kernels_agree_with_the_references_under_the_interpreter():
-    assert interpreted("interpreted_norms") == "248 cases"
+    assert interpreted("interpreted_norms") == "273 cases"
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -52,6 +52,27 @@ def test_batch_norm_has_few_instructions(shape, last):
     elements = batch_norm.BLOCK / 128
     assert forward.instructions / elements < (55 if shape[-1] == 7 else 28)
     assert grad.instructions / elements < (52 if shape[-1] == 7 else 25)
+
+
+@pytest.mark.parametrize(("last", "most"), [(False, 145), (True, 80)])
+def test_max_pool_grad_visits_few_windows(last, most):
+    """Four windows of nine taps hold an element, without loops."""
+    offsets = aligned((8, 64, 28, 28), torch.uint8)
+    offsets = offsets.to(memory_format=torch.channels_last) if last else offsets
+    with compiling_for(90) as compiled:
+        pooling.max_pool_grad(offsets.bfloat16(), offsets, (56, 56), (3, 3), (2, 2), (1, 1), (1, 1), False)
+    (kernel,) = compiled
+    assert kernel.instructions / (pooling.BLOCK / 128) < most
+
+
+@pytest.mark.parametrize("kernel", [(13, 13), (5, 5), (3, 3, 3), (5, 7, 7)])
+def test_large_windows_compile_without_spills(kernel):
+    padding, ones = [size // 2 for size in kernel], [1] * len(kernel)
+    x = aligned((2, 16, *[16] * len(kernel)), torch.bfloat16)
+    with compiling_for(90) as compiled:
+        y, offsets = pooling.max_pool_offsets(x, kernel, ones, padding, ones, False)
+        pooling.max_pool_grad(y, offsets, x.shape[2:], kernel, ones, padding, ones, False)
+    assert [compilation.usage["STACK"] for compilation in compiled] == [0, 0]
 
 
 def test_elementwise_passes_load_16_bytes():
