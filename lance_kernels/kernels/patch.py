@@ -2,9 +2,9 @@
 
 A patch's value at row `(channel, tap)` and column `(sample, position)` lies in `x` at a sum of offsets: the sample's,
 the channel's, and one a spatial mode from a table `(taps, positions)` that knows stride, dilation and every kind of
-padding. All spatial modes but the last share one table. A program sums one tile of one group's matrix over all columns
-and adds it, and its transpose below the diagonal. Products of patches with factors are convolutions and batched
-products, which the library has.
+padding. All spatial modes but the last share one table. A program sums one tile of one group's matrix, on or above the
+diagonal, over all columns, or over a part of them where there are few tiles; the parts are added in order. Products of
+patches with factors are convolutions and batched products, which the library has.
 """
 
 from __future__ import annotations
@@ -17,40 +17,44 @@ import torch
 import triton
 import triton.language as tl
 
-from lance_kernels.kernels._common import matmul_precision
+from lance_kernels.kernels._common import matmul_precision, splits_for
 from lance_kernels.ops._padding import pad_pairs, padded_rows
 from lance_kernels.ops.convolution import Geometry, output_size
 from lance_kernels.ops.patch import _check_gram, _gram_reference
 
 TILE = 64  # rows and columns of the matrix a program has
-DEPTH = 16  # columns of patches it takes at once
+DEPTH = 32  # columns of patches it takes at once
+NARROW = 2**30  # offsets in x that fit 32 bits, with room for sums of them
 
 
 @triton.jit
-def read_patches(
-    x, outer, last, rows, columns, size, total, channel_step, sample_step, taps, last_taps, positions, width
-):
-    """Patches at `rows` (R,) and `columns` (K,), float32 (R, K); zero where either is outside, or in padding."""
+def locate_rows(rows, channel_step, taps, last_taps, outer_positions, width):
+    """What of the patches' places does not change along rows (R,): offsets in both tables and in `x`."""
     tap = rows % taps
-    sample = columns // positions
-    position = columns % positions
-    inside = (rows < size)[:, None] & (columns < total)[None, :]
-    outer_row = (tap // last_taps) * (positions // width)
-    high = tl.load(outer + outer_row[:, None] + (position // width)[None, :], mask=inside, other=-1)
-    last_row = (tap % last_taps) * width
-    low = tl.load(last + last_row[:, None] + (position % width)[None, :], mask=inside, other=-1)
-    offset = (rows // taps)[:, None] * channel_step + sample[None, :] * sample_step + high + low
-    return tl.load(x + offset, mask=inside & (high >= 0) & (low >= 0), other=0.0).to(tl.float32)
+    return tap // last_taps * outer_positions, tap % last_taps * width, rows // taps * channel_step
+
+
+@triton.jit
+def read_patches(image, outer, last, outer_row, last_row, channel, known, outer_column, last_column, sample, inside):
+    """Patches (R, K) at rows (R,), where `known`, and columns (K,), where `inside`; zero elsewhere, and in padding."""
+    place = tl.load(outer + (outer_row[:, None] + outer_column[None, :]))  # (R, K)
+    place += tl.load(last + (last_row[:, None] + last_column[None, :]))
+    inside = known[:, None] & inside[None, :] & (place >= 0)
+    return tl.load(image + (channel[:, None] + sample[None, :] + place), mask=inside, other=0.0)
 
 
 @triton.jit
 def patch_gram_kernel(
-    gram,  # (groups, size, size) by strides
+    gram,  # (splits, groups, size, size) by strides
     x,
-    outer,  # (outer taps, outer positions): offsets in x, -1 for padding
+    outer,  # (outer taps, outer positions): offsets in x, or a negative number for padding
     last,  # (last taps, width): the same
+    pairs,  # (2, pair_count): row and column of the tiles on or above the diagonal
+    pair_count,
+    groups,
     size,
     total,
+    split_columns,
     channels,
     channel_step,
     sample_step,
@@ -58,54 +62,61 @@ def patch_gram_kernel(
     last_taps,
     positions,
     width,
+    gram_split,
     gram_group,
     gram_row,
     gram_column,
+    ADDS: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """gram[group] += patches patches^T, one tile on or above the diagonal and its transpose."""
-    group = tl.program_id(2).to(tl.int64)
-    upper, right = tl.program_id(0), tl.program_id(1)
-    if upper <= right:
-        rows = upper.to(tl.int64) * TILE + tl.arange(0, TILE)
-        columns = right.to(tl.int64) * TILE + tl.arange(0, TILE)
-        image = x + group * channels * channel_step
-        sums = tl.zeros((TILE, TILE), dtype=tl.float32)
-        for start in range(0, total, DEPTH):
-            at = tl.arange(0, DEPTH).to(tl.int64) + start
-            left = read_patches(
-                image, outer, last, rows, at, size, total, channel_step, sample_step, taps, last_taps, positions, width
-            )  # (TILE, DEPTH)
-            other = read_patches(
-                image,
-                outer,
-                last,
-                columns,
-                at,
-                size,
-                total,
-                channel_step,
-                sample_step,
-                taps,
-                last_taps,
-                positions,
-                width,
-            )  # (TILE, DEPTH)
-            sums = tl.dot(left, tl.trans(other), sums, input_precision=PRECISION)
-        inside = (rows < size)[:, None] & (columns < size)[None, :]
-        target = gram + group * gram_group + rows[:, None] * gram_row + columns[None, :] * gram_column
-        before = tl.load(target, mask=inside, other=0.0)
-        tl.store(target, before + sums, mask=inside)
-        if upper < right:
-            mirror = gram + group * gram_group + columns[None, :] * gram_row + rows[:, None] * gram_column
-            before = tl.load(mirror, mask=inside, other=0.0)
-            tl.store(mirror, before + sums, mask=inside)
+    """gram[split, group] (+)= patches patches^T over the split's columns, one tile and its transpose."""
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    pair = tl.program_id(0) % pair_count
+    group = (tl.program_id(0) // pair_count % groups).to(tl.int64)
+    split = (tl.program_id(0) // pair_count // groups).to(tl.int64)
+    upper, right = tl.load(pairs + pair), tl.load(pairs + pair_count + pair)
+    rows = upper.to(INDEX) * TILE + tl.arange(0, TILE)  # (TILE,)
+    columns = right.to(INDEX) * TILE + tl.arange(0, TILE)  # (TILE,)
+    outer_positions = positions // width
+    row_outer, row_last, row_channel = locate_rows(rows, channel_step, taps, last_taps, outer_positions, width)
+    column_outer, column_last, column_channel = locate_rows(
+        columns, channel_step, taps, last_taps, outer_positions, width
+    )
+    image = x + group * channels * channel_step
+    first = split * split_columns
+    end = tl.minimum(first + split_columns, total)
+    sample = tl.zeros([DEPTH], dtype=INDEX) + (first // positions).to(INDEX)  # (DEPTH,)
+    position = (first % positions).to(INDEX) + tl.arange(0, DEPTH)  # (DEPTH,)
+    sums = tl.zeros((TILE, TILE), dtype=tl.float32)
+    for start in range(first, end, DEPTH):
+        sample += position // positions
+        position = position % positions
+        inside = tl.arange(0, DEPTH) < end - start
+        high, low, begin = position // width, position % width, sample * sample_step
+        left = read_patches(
+            image, outer, last, row_outer, row_last, row_channel, rows < size, high, low, begin, inside
+        )  # (TILE, DEPTH)
+        other = read_patches(
+            image, outer, last, column_outer, column_last, column_channel, columns < size, high, low, begin, inside
+        )  # (TILE, DEPTH)
+        # Products of 16-bit numbers are exact in float32.
+        sums = tl.dot(left, tl.trans(other), sums, input_precision=PRECISION)
+        position += DEPTH
+    inside = (rows < size)[:, None] & (columns < size)[None, :]
+    corner = gram + split * gram_split + group * gram_group
+    wide_rows, wide_columns = rows.to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
+    target = corner + wide_rows * gram_row + wide_columns * gram_column
+    tl.store(target, tl.load(target, mask=inside, other=0.0) + sums if ADDS else sums, mask=inside)
+    if upper < right:
+        mirror = corner + wide_columns * gram_row + wide_rows * gram_column
+        tl.store(mirror, tl.load(mirror, mask=inside, other=0.0) + sums if ADDS else sums, mask=inside)
 
 
 def places(x: torch.Tensor, kernel: Sequence[int], geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
-    """Offsets in `x` of what every tap reads at every position, -1 for padding.
+    """Offsets in `x` of what every tap reads at every position; for padding a number that makes all sums negative.
 
     Args:
         x: `(B, C, *S)`.
@@ -113,10 +124,13 @@ def places(x: torch.Tensor, kernel: Sequence[int], geometry: Geometry) -> tuple[
         geometry: the convolution's numbers.
 
     Returns:
-        `(outer taps, outer positions)` of all spatial modes but the last, and `(taps, positions)` of the last; int64.
+        `(outer taps, outer positions)` of all spatial modes but the last, and `(taps, positions)` of the last; int32
+        where they fit.
     """
     sizes = output_size(x.shape, [geometry.groups, x.shape[1] // geometry.groups, *kernel], geometry)[2:]
     pairs = pad_pairs(geometry.padding, len(kernel))
+    span = sum((size - 1) * step for size, step in zip(x.shape[2:], x.stride()[2:]))
+    dtype, padding = (torch.int32, -(2**30)) if span < NARROW else (torch.int64, -(2**62))
     tables = [torch.zeros(1, 1, dtype=torch.int64, device=x.device)]
     for mode, (taps, positions) in enumerate(zip(kernel, sizes)):
         extent = x.shape[2 + mode]
@@ -124,14 +138,14 @@ def places(x: torch.Tensor, kernel: Sequence[int], geometry: Geometry) -> tuple[
         tap = torch.arange(taps, device=x.device).unsqueeze(1)
         position = torch.arange(positions, device=x.device)
         row = rows[geometry.stride[mode] * position + geometry.dilation[mode] * tap]
-        table = torch.where(row < extent, row * x.stride(2 + mode), -1)  # (taps, positions)
+        table = torch.where(row < extent, row * x.stride(2 + mode), padding)  # (taps, positions)
         if mode + 1 < len(kernel):
             both = tables[0][:, None, :, None] + table[None, :, None, :]
             known = (tables[0] >= 0)[:, None, :, None] & (table >= 0)[None, :, None, :]
-            tables[0] = torch.where(known, both, -1).flatten(2, 3).flatten(0, 1)
+            tables[0] = torch.where(known, both, padding).flatten(2, 3).flatten(0, 1)
         else:
             tables.append(table)
-    return tables[0].contiguous(), tables[1].contiguous()
+    return tables[0].to(dtype).contiguous(), tables[1].to(dtype).contiguous()
 
 
 def patch_gram_(gram: torch.Tensor, x: torch.Tensor, kernel: Sequence[int], *numbers: Any) -> None:
@@ -145,14 +159,24 @@ def patch_gram_(gram: torch.Tensor, x: torch.Tensor, kernel: Sequence[int], *num
         return
     outer, last = places(x, kernel, geometry)
     positions = outer.shape[1] * last.shape[1]
-    tiles = triton.cdiv(gram.shape[1], TILE)
-    patch_gram_kernel[(tiles, tiles, geometry.groups)](
-        gram,
+    size, total = gram.shape[1], x.shape[0] * positions
+    pairs = torch.triu_indices(*[triton.cdiv(size, TILE)] * 2, dtype=torch.int32, device=x.device)
+    programs, steps = pairs.shape[1] * geometry.groups, triton.cdiv(total, DEPTH)
+    split_steps = triton.cdiv(steps, splits_for(programs, steps, gram.numel() * 4, x.numel() * x.itemsize))
+    splits = triton.cdiv(steps, split_steps)
+    span = sum((length - 1) * step for length, step in zip(x.shape, x.stride()))
+    sums = gram.unsqueeze(0) if splits == 1 else gram.new_empty(splits, *gram.shape, dtype=torch.float32)
+    patch_gram_kernel[(programs * splits,)](
+        sums,
         x,
         outer,
         last,
-        gram.shape[1],
-        x.shape[0] * positions,
+        pairs,
+        pairs.shape[1],
+        geometry.groups,
+        size,
+        total,
+        split_steps * DEPTH,
         x.shape[1] // geometry.groups,
         x.stride(1),
         x.stride(0),
@@ -160,9 +184,13 @@ def patch_gram_(gram: torch.Tensor, x: torch.Tensor, kernel: Sequence[int], *num
         kernel[-1],
         positions,
         last.shape[1],
-        *gram.stride(),
+        *sums.stride(),
+        ADDS=splits == 1,
+        WIDE=max(span, total, size, outer.numel(), last.numel()) > NARROW,
         PRECISION=matmul_precision(x.dtype),
         TILE=TILE,
         DEPTH=DEPTH,
         num_warps=8,
     )
+    if splits > 1:
+        gram.add_(sums.sum(0))
