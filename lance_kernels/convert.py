@@ -15,6 +15,7 @@ from lance_kernels.config import LanceConfig, matches
 from lance_kernels.nn._compressed import CompressedLayer
 from lance_kernels.nn.companions import (
     apply_companions,
+    become,
     companions_suspended,
     reason_to_leave,
     remove_companions,
@@ -127,8 +128,7 @@ def revert_(model: nn.Module) -> nn.Module:
         del layer.lance_lengths
         for attribute in [name for name in vars(layer) if name.startswith(("lance_", "_lance_"))]:
             delattr(layer, attribute)
-        module: nn.Module = layer
-        module.__class__ = without(type(layer), lambda kind: vars(kind).get("plain_type"))
+        become(layer, without(type(layer), lambda kind: vars(kind).get("plain_type")))
     return model
 
 

@@ -266,6 +266,22 @@ def test_layers_whose_forward_was_replaced_are_left():
     assert summary.companions["blocks.0.norm"] == "LayerNorm left alone, its forward was replaced"
 
 
+def test_hooks_of_accelerate_that_came_after():
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4))
+    plain, x = copy.deepcopy(model), torch.randn(20, 3) @ torch.randn(3, 8)
+    prepared(model, x, companions="smallest")
+    for module in model:
+        add_hook_to_module(module, ModelHook())
+    loss_of(plain, x, torch.arange(20) % 4).backward()
+    expected = [parameter.grad for parameter in plain.parameters()]
+    assert not torch.equal(gradients(model, x, torch.arange(20) % 4)[0], expected[0])
+    with lance.exact(model):
+        assert all(map(torch.equal, gradients(model, x, torch.arange(20) % 4), expected))
+    assert not torch.equal(gradients(model, x, torch.arange(20) % 4)[0], expected[0])
+    lance.revert_(model)
+    assert all(map(torch.equal, gradients(model, x, torch.arange(20) % 4), expected))
+
+
 @pytest.fixture
 def accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)

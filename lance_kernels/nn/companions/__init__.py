@@ -6,6 +6,7 @@ classes in place and catches its functional calls, `remove_companions` undoes bo
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -97,7 +98,7 @@ def apply_companions(
 def remove_companions(model: nn.Module) -> None:
     """Gives the model's companions back the classes they had before `apply_companions`."""
     for module, plain in _companions(model):
-        module.__class__ = plain
+        become(module, plain)
 
 
 @contextmanager
@@ -109,7 +110,15 @@ def companions_suspended(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, kind in swapped:
-            module.__class__ = kind
+            become(module, kind)
+
+
+def become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Gives a module another class, and its `forward` to attributes that are bound to the old one's, as hooks are."""
+    for name, value in list(vars(module).items()):
+        if getattr(value, "__self__", None) is module and getattr(value, "__func__", None) is type(module).forward:
+            vars(module)[name] = types.MethodType(kind.forward, module)
+    module.__class__ = kind
 
 
 def without(kind: type, plain_type: Callable[[type], type | None]) -> type:
