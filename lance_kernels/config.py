@@ -83,11 +83,11 @@ class LanceConfig:
             many = isinstance(patterns, Collection) and not isinstance(patterns, str)
             _require(many, name, patterns, "a sequence of patterns, not one string")
             for pattern in patterns:
-                _require(_compiles(pattern), name, pattern, "module names or regular expressions")
+                _require(is_pattern(pattern), name, pattern, "module names or regular expressions")
         rules = self.rank_pattern
         _require(isinstance(rules, Mapping), "rank_pattern", rules, "a dictionary of rules by pattern")
         for pattern, rule in rules.items():
-            _require(_compiles(pattern), "rank_pattern", pattern, "module names or regular expressions as keys")
+            _require(is_pattern(pattern), "rank_pattern", pattern, "module names or regular expressions as keys")
             _require(_is_rank_rule(rule), f"rank_pattern[{pattern!r}]", rule, "an energy, a rank, or one rank a mode")
 
     @classmethod
@@ -109,7 +109,8 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"LanceConfig: {name} is {value!r}; expected {expected}")
 
 
-def _compiles(pattern: object) -> bool:
+def is_pattern(pattern: object) -> bool:
+    """Whether a value is a module name or a regular expression."""
     try:
         re.compile(pattern)  # type: ignore[call-overload]
     except (re.error, TypeError):

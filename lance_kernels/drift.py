@@ -131,7 +131,8 @@ def _patch_energies(layer: CompressedLayer, patch: Any, x: torch.Tensor) -> tupl
     convolution: Any = layer
     numbers = convolution.kernel_size, *convolution.lance_geometry()
     # The sum of every patch's squares.
-    total = torch.ops.lance.patch_project(x.float().square(), torch.ones_like(patch.factor[..., :1]), *numbers)
+    squares = torch.ops.lance.patch_project(x.float().square(), torch.ones_like(patch.factor[..., :1]), *numbers)
+    total = float(squares.double().sum())
     projected = torch.ops.lance.patch_project(x, patch.factor, *numbers)
     pairs = zip(patch.spatial, projected.shape[2:])
     spatial = [factor if factor is not None and len(factor) == extent else None for factor, extent in pairs]
@@ -139,9 +140,9 @@ def _patch_energies(layer: CompressedLayer, patch: Any, x: torch.Tensor) -> tupl
     core = torch.ops.lance.tucker_project(projected, factors)
     feature = _energy(projected)
     # A mode of positions alone: what it keeps of the projected patches.
-    share = float(total.double().sum()) / feature if feature else 0.0
+    share = total / feature if feature else 0.0
     alone = [None if energy is None else energy * share for energy in _alone(projected, factors)]
-    return float(total.double().sum()), _energy(core), [None, feature, *alone[2:]]
+    return total, _energy(core), [None, feature, *alone[2:]]
 
 
 def _alone(x: torch.Tensor, factors: Sequence[torch.Tensor | None]) -> list[float | None]:

@@ -63,6 +63,8 @@ def measure(
 def _timers(
     methods: Mapping[str, Callable[[Inputs], object]], copies: Sequence[Inputs], device: str, graphs: bool
 ) -> dict[str, Callable[[], float]]:
+    clock = _clock if device == "cpu" else _events
+
     def over_copies(method: Callable[[Inputs], object]) -> Callable[[], None]:
         def run() -> None:
             for copy in copies:
@@ -70,13 +72,14 @@ def _timers(
 
         return run
 
+    def timer(run: Callable[[], None]) -> Callable[[], float]:
+        return lambda: clock(run) / len(copies)
+
     runs = {name: over_copies(method) for name, method in methods.items()}
-    if device == "cpu":
-        return {name: lambda run=run: _clock(run) / len(copies) for name, run in runs.items()}  # type: ignore[misc]
-    once = {name: _warm_time(run) / len(copies) for name, run in runs.items()}
-    if not graphs or min(once.values()) >= SHORT:
-        return {name: lambda run=run: _events(run) / len(copies) for name, run in runs.items()}  # type: ignore[misc]
-    return {name: _captured(run, len(copies), once[name]) for name, run in runs.items()}
+    once = {} if device == "cpu" else {name: _warm_time(run) / len(copies) for name, run in runs.items()}
+    if graphs and once and min(once.values()) < SHORT:
+        return {name: _captured(run, len(copies), once[name]) for name, run in runs.items()}
+    return {name: timer(run) for name, run in runs.items()}
 
 
 def _warm_time(run: Callable[[], None]) -> float:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from lance_kernels.config import LanceConfig, _compiles
+from lance_kernels.config import LanceConfig, is_count, is_fraction, is_pattern
 from lance_kernels.continual.factors import check_factors, factors_state, load_factors
 from lance_kernels.continual.gather import Found, Gatherer, protected_directions
 from lance_kernels.continual.layers import PatchConvolution, keep_patches_
@@ -513,15 +512,15 @@ def _check_arguments(
         raise ValueError(
             f"NullSpaceLearner: config.budget_bytes is {config.budget_bytes}; expected None, ranks follow energy here"
         )
-    if not isinstance(energy, Real) or not 0 < float(energy) <= 1:
+    if not is_fraction(energy):
         raise ValueError(f"NullSpaceLearner: energy is {energy!r}; expected a number in (0, 1]")
-    if isinstance(heads, str) or not all(_compiles(pattern) for pattern in heads):
+    if isinstance(heads, str) or not all(map(is_pattern, heads)):
         raise ValueError(
             f"NullSpaceLearner: heads is {heads!r}; expected a sequence of module names or regular expressions"
         )
     if after_first_task not in ("freeze", "train"):
         raise ValueError(f'NullSpaceLearner: after_first_task is {after_first_task!r}; expected "freeze" or "train"')
-    if max_batches is not None and not (isinstance(max_batches, int) and max_batches >= 1):
+    if max_batches is not None and not is_count(max_batches):
         raise ValueError(
             f"NullSpaceLearner: max_batches is {max_batches!r}; expected an integer of at least 1, or None"
         )
