@@ -10,11 +10,13 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <concepts>
 #include <cstdint>
+#include <cstdio>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace lance {
@@ -29,15 +31,38 @@ using torch::stable::Tensor;
 using Factors = std::vector<std::optional<Tensor>>;
 using Sizes = std::vector<int64_t>;
 
-// Raises RuntimeError in Python; `parts` are streamed into the message only when `condition` fails.
+// Messages are strings that are appended to, not streams: where a library brings a C++ runtime of its own into the
+// process, a stream may take facets of its locale from the other and crash.
+inline void append(std::string& message, std::string_view part) {
+  message += part;
+}
+
+template <std::same_as<char> Character>
+void append(std::string& message, Character part) {
+  message += part;
+}
+
+template <std::integral Number>
+void append(std::string& message, Number part) {
+  message += std::to_string(part);
+}
+
+template <std::floating_point Number>
+void append(std::string& message, Number part) {
+  char digits[32];
+  std::snprintf(digits, sizeof(digits), "%g", static_cast<double>(part));
+  message += digits;
+}
+
+// Raises RuntimeError in Python; `parts` are put together only when `condition` fails.
 template <typename... Parts>
 void check(bool condition, const Parts&... parts) {
   if (condition) [[likely]] {
     return;
   }
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+  std::string message;
+  (append(message, parts), ...);
+  throw std::runtime_error(message);
 }
 
 inline std::string dtype_name(ScalarType dtype) {
@@ -77,26 +102,23 @@ inline Sizes strides_of(const Tensor& tensor) {
   return Sizes(strides.begin(), strides.end());
 }
 
+inline std::string joined(const Sizes& values) {
+  std::string out;
+  for (size_t index = 0; index < values.size(); ++index) {
+    append(out, index ? ", " : "");
+    append(out, values[index]);
+  }
+  return out;
+}
+
 // As Python prints a tuple: (2, 3), (2,), ().
 inline std::string shape_string(const Sizes& sizes) {
-  std::ostringstream out;
-  out << '(';
-  for (size_t index = 0; index < sizes.size(); ++index) {
-    out << (index ? ", " : "") << sizes[index];
-  }
-  out << (sizes.size() == 1 ? ",)" : ")");
-  return out.str();
+  return "(" + joined(sizes) + (sizes.size() == 1 ? ",)" : ")");
 }
 
 // As Python prints a list: [2, 3].
 inline std::string list_string(const Sizes& values) {
-  std::ostringstream out;
-  out << '[';
-  for (size_t index = 0; index < values.size(); ++index) {
-    out << (index ? ", " : "") << values[index];
-  }
-  out << ']';
-  return out.str();
+  return "[" + joined(values) + "]";
 }
 
 inline std::string shape_string(const Tensor& tensor) {

@@ -95,6 +95,8 @@ def test_refusals():
     x, vector = torch.randn(2, 3, 4, requires_grad=True), torch.ones(3)
     with pytest.raises(RuntimeError, match="weight requires a gradient"):
         batch_norm_frozen(x, vector.clone().requires_grad_(), None, vector, vector)
+    with pytest.raises(RuntimeError, match=r"high is -1\.5; expected at least 0"):
+        torch.ops.lance.batch_norm_relu_mask(torch.randn(2, 3), *[torch.ones(3)] * 4, 1e-5, -1.5, [0, 1])
     with pytest.raises(RuntimeError, match="mean has shape"):
         batch_norm_frozen(x, None, None, torch.ones(4), vector)
     with pytest.raises(RuntimeError, match="expected"):
