@@ -112,7 +112,7 @@ oldest:
 # interrupted and says how far it came. GPU_ARGS goes to
 # `python -m benchmarks.gpu`, as in GPU_ARGS="--case 'projection*'" or GPU_ARGS=--models.
 GPU_ARGS ?=
-GPU_JOBS ?= 8
+GPU_JOBS ?= 12
 gpu:
 	@py=$$(python3 -c "import sys, torch; torch.cuda.is_available() and print(sys.executable)" 2>/dev/null); \
 	if [ -z "$$py" ]; then $(MAKE) venv && py=$(PY) || exit 1; fi; \

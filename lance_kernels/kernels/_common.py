@@ -50,7 +50,7 @@ class Tile(NamedTuple):
 
 # Registers of a thread that accumulators may take, found by compiling; the rest is for addresses and operands.
 MAX_REGISTERS, MAX_REGISTERS_BEFORE_HOPPER = 160, 80
-MAX_REREADS = 0.5
+MAX_REREADS = 0.55
 
 # The tile of every launch so far, by kernel, compute capability and shape.
 CHOSEN: dict[tuple[str, tuple[Hashable, ...]], Tile] = {}

@@ -91,6 +91,7 @@ def reduce_and_expand(
     Returns:
         `(O, features)`, or `(O, features, *taps)`; and `(O,)` or None.
     """
+    parts = parts.contiguous()
     splits, outputs, *padded_taps, second = parts.shape
     features, precision = feature.shape[0], matmul_precision(dtype)
     weight_grad = parts.new_empty((outputs, features, *(taps or ())), dtype=dtype)

@@ -1,4 +1,4 @@
-"""`convolution_weight_grad` on a GPU: the shifted way in one kernel, Triton; the expanded way through the library.
+"""`convolution_weight_grad` on a GPU: the shifted way in one kernel, Triton; other ways through the library's products.
 
 With the shifted factors `V (H', i, k)` and `W (W', j, l)` of `lance_kernels/ops/convolution_weight_grad.py`, a program
 takes some output channels and some images, and for each image forms `T[h', o, jl] = sum_w' grad W`,
@@ -29,9 +29,19 @@ from lance_kernels.kernels._common import (
     stages_for,
 )
 from lance_kernels.kernels._reduction import reduce_and_expand
+from lance_kernels.kernels.convolution_folded import (
+    MAX_FOLDED,
+    MAX_RANKS,
+    ONES,
+    folded_factor,
+    is_rows,
+    patch_sums,
+    projected_sums,
+)
+from lance_kernels.kernels.convolution_folded import columns as folded_columns
 from lance_kernels.ops._padding import pad_pairs, padded_rows, shifted_factor
 from lance_kernels.ops._prepared import prepared
-from lance_kernels.ops.convolution import Geometry, output_size
+from lance_kernels.ops.convolution import Geometry, bias_grad, output_size
 from lance_kernels.ops.convolution_weight_grad import (
     _check,
     _input_size,
@@ -44,9 +54,11 @@ from lance_kernels.ops.tucker import Factors, mode_product, mode_product_flops, 
 MAX_TAPS_RANKS = 64  # of one spatial mode, padded
 MAX_CHANNEL_RANK = 128
 
-# For choosing a way only: bytes and operations a second of an H100, the kernel's rate and the library's at
-# `HALF_RATE_CHANNELS` being guesses.
-BANDWIDTH, RATE, NARROW_RATE, HALF_RATE_CHANNELS = 3.0e12, 6.0e14, 1.5e14, 64
+# For choosing a way only, measured on an H100: bytes and operations a second; bytes of what is copied to another layout;
+# operations of the shifted kernel, of products too small for the library's best, and of its weight gradient at
+# `HALF_RATE_CHANNELS`; seconds of a launch.
+BANDWIDTH, RATE, COPY_BANDWIDTH = 3.0e12, 6.0e14, 1.1e12
+SHIFTED_RATE, NARROW_RATE, HALF_RATE_CHANNELS, LAUNCH = 5.0e13, 1.0e13, 64, 4e-6
 
 
 @triton.jit
@@ -312,6 +324,8 @@ class Costs(NamedTuple):
 
     shifted: float
     expanded: float
+    projected: float
+    patches: float
 
 
 @functools.lru_cache(maxsize=1024)
@@ -321,8 +335,10 @@ def costs(
     weight_size: tuple[int, ...],
     geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, str],
     itemsize: int,
+    is_rows: bool = False,
+    channels_last: bool = False,
 ) -> Costs:
-    """The larger of bytes over bandwidth and operations over rate, for each way.
+    """The larger of bytes over bandwidth and operations over rate, for each way, and what its launches take.
 
     Args:
         core_size: shape of the core, the batch as it will be contracted.
@@ -330,10 +346,13 @@ def costs(
         weight_size: `(O, C / groups, *K)`.
         geometry: the fields of `Geometry`, as tuples.
         itemsize: bytes of an element.
+        is_rows: whether the library's products take `grad_output` along the positions.
+        channels_last: whether `grad_output` is channels_last.
     """
     output = output_size(_input_size(core_size, factor_shapes), weight_size, Geometry(*geometry))
     samples, channels = core_size[0], core_size[1]
     grad_bytes = itemsize * samples * math.prod(output[1:])
+    rearranged = 0.0 if channels_last else 2 * grad_bytes / COPY_BANDWIDTH
     sizes = ranks_of(factor_shapes[2:], side=0)
     image = [core if size is None else size for core, size in zip(core_size[2:], sizes)]
     image_bytes = itemsize * samples * channels * math.prod(image)
@@ -341,19 +360,31 @@ def costs(
     expand = mode_product_flops(core_size, [None, None, *sizes])
     # The image is written and read by one product a mode, then read by the library's convolution.
     rate = RATE * channels / (channels + HALF_RATE_CHANNELS)
-    expanded = max((grad_bytes + image_bytes) / BANDWIDTH, operations / rate)
+    expanded = rearranged + max((grad_bytes + image_bytes) / BANDWIDTH, operations / rate) + 8 * LAUNCH
     expanded += max(2 * image_bytes / BANDWIDTH, expand / NARROW_RATE)
     if len(output) != 4 or None in sizes or channels > MAX_CHANNEL_RANK or itemsize > 4:
-        return Costs(math.inf, expanded)
+        return Costs(math.inf, expanded, math.inf, math.inf)
     taps, ranks = (weight_size[2], weight_size[3]), (core_size[2], core_size[3])
     shape = Shape(samples, output[1], output[2], output[3], taps, ranks, channels, itemsize)
     taps_h, rank_h, taps_w, rank_w, padded = shape.padded
     ik, jl = taps_h * rank_h, taps_w * rank_w
-    if max(ik, jl) > MAX_TAPS_RANKS:
-        return Costs(math.inf, expanded)
     height, width = (-(-size // 16) * 16 for size in output[2:])
     work = 2 * samples * output[1] * (height * width * jl + jl * height * ik + ik * jl * padded)
-    return Costs(max(grad_bytes / BANDWIDTH, work / NARROW_RATE), expanded)
+    shifted = max(grad_bytes / BANDWIDTH, work / SHIFTED_RATE) + 2 * LAUNCH
+    if max(ik, jl) > MAX_TAPS_RANKS:
+        shifted = math.inf
+    positions, all_taps, all_ranks = math.prod(output[2:]), math.prod(taps), math.prod(ranks)
+    pitch = folded_columns(all_taps, all_ranks)
+    if itemsize != 2 or positions * pitch > MAX_FOLDED or all_ranks > MAX_RANKS:
+        return Costs(shifted, expanded, math.inf, math.inf)
+    # Q is float32, written and read; P is written and read as grad_output is.
+    projected = max((grad_bytes + 4 * samples * output[1] * pitch) / BANDWIDTH, grad_bytes * pitch / RATE)
+    projected += 4 * samples * output[1] * pitch / BANDWIDTH + (0.0 if is_rows else rearranged) + 3 * LAUNCH
+    columns = all_taps * padded + ONES
+    patches_bytes = 2 * samples * positions * columns
+    patches = patches_bytes / BANDWIDTH + rearranged + 3 * LAUNCH
+    patches += max((grad_bytes + patches_bytes) / BANDWIDTH, grad_bytes * columns / RATE)
+    return Costs(shifted, expanded, projected, patches)
 
 
 def _hashable(geometry: Geometry) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, str]:
@@ -364,6 +395,93 @@ def _hashable(geometry: Geometry) -> tuple[tuple[int, ...], tuple[int, ...], tup
         geometry.groups,
         geometry.padding_mode,
     )
+
+
+def convolution_weight_grads(
+    grad_output: torch.Tensor,
+    core: torch.Tensor,
+    factors: Factors,
+    weight_size: Sequence[int],
+    geometry: Geometry,
+    with_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight gradient, and the bias gradient or None; from one read where the way of choice has it.
+
+    Args:
+        grad_output: `(B, O, *S')`.
+        core: the input's core, one rank a mode.
+        factors: one `(size, rank)` matrix or None a mode of the input.
+        weight_size: `(O, C / groups, *K)`.
+        geometry: the convolution's.
+        with_bias: whether to sum `grad_output` up too.
+    """
+    _check(grad_output, core, factors, weight_size, geometry)
+    batch, feature, *spatial = factors
+    narrow = core.shape[1] > weight_size[1] or (feature is None and geometry.groups > 1)
+    if grad_output.dtype == torch.float64 or narrow or not (grad_output.numel() and core.numel()):
+        grad_weight = _reference(grad_output, core, factors, weight_size, *geometry)
+        return grad_weight, bias_grad(grad_output) if with_bias else None
+    # A factor of the batch widens the core, which is small, instead of narrowing grad_output.
+    kept = core if batch is None else mode_product(core.float(), batch.float(), 0).to(core.dtype)
+    given = [factor for factor in spatial if factor is not None]
+    sums, bias_sums = _sums(grad_output, kept, factors, given, weight_size, geometry, with_bias)
+    taps = (weight_size[2], weight_size[3]) if len(weight_size) == 4 else None
+    if sums is not None and taps is not None and feature is not None and geometry.groups == 1:
+        grads = reduce_and_expand(sums, feature, grad_output.dtype, bias_sums, taps=taps)
+        if grads is not None:
+            grad_weight, grad_bias = grads
+            return grad_weight, bias_grad(grad_output) if with_bias and grad_bias is None else grad_bias
+    grad_bias = None
+    if with_bias:
+        grad_bias = bias_grad(grad_output) if bias_sums is None else bias_sums.sum(0).to(grad_output.dtype)
+    if sums is not None and taps is not None:
+        product = added_up(sums, taps, kept.shape[1])
+    else:
+        product = _library_sums(grad_output, kept, spatial, weight_size, geometry)
+    product = product.float()
+    if feature is None:
+        return product.to(grad_output.dtype).contiguous(), grad_bias
+    groups = geometry.groups
+    grouped = product.reshape(groups, weight_size[0] // groups, kept.shape[1], -1)
+    rows = feature.float().reshape(groups, 1, weight_size[1], kept.shape[1])
+    return (rows @ grouped).reshape(tuple(weight_size)).to(grad_output.dtype), grad_bias
+
+
+def _sums(
+    grad: torch.Tensor,
+    core: torch.Tensor,
+    factors: Factors,
+    spatial: list[torch.Tensor],
+    weight_size: Sequence[int],
+    geometry: Geometry,
+    with_bias: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Partial sums of the cheapest way, and of the bias gradient where it has them; None for the expanded way."""
+    shapes = tuple(None if shape is None else (shape[0], shape[1]) for shape in _shapes([None, *factors[1:]]))
+    rows = grad.dim() == 4 and is_rows(grad)
+    last = grad.dim() == 4 and grad.is_contiguous(memory_format=torch.channels_last)
+    cost = costs(tuple(core.shape), shapes, tuple(weight_size), _hashable(geometry), grad.element_size(), rows, last)
+    least = min(cost)
+    if least == cost.expanded:
+        return None, None
+    if least == cost.shifted:
+        return shifted_sums(grad, core, spatial, weight_size, geometry), None
+    way, dtype = (projected_sums, grad.dtype) if least == cost.projected else (patch_sums, torch.float32)
+    folded = folded_factor(spatial, grad.shape[2:], weight_size[2:], geometry, dtype)
+    found = way(grad, core, folded, weight_size[2:], with_bias)
+    return (None, None) if found is None else found
+
+
+def _library_sums(
+    grad: torch.Tensor, core: torch.Tensor, spatial: Factors, weight_size: Sequence[int], geometry: Geometry
+) -> torch.Tensor:
+    """The expanded way for every output channel with every channel of the core, `(O, channels, *K)`."""
+    image = core.float()
+    for mode, factor in enumerate(spatial, start=2):
+        image = image if factor is None else mode_product(image, factor.float(), mode)
+    plain: list[torch.Tensor | None] = [None] * core.dim()
+    thin = [weight_size[0], core.shape[1], *weight_size[2:]]
+    return _weight_grad_expanded(grad, image.to(core.dtype), plain, thin, geometry._replace(groups=1))
 
 
 def convolution_weight_grad(
@@ -379,36 +497,24 @@ def convolution_weight_grad(
 ) -> torch.Tensor:
     """`lance::convolution_weight_grad`; float64, and groups narrower than the channels' rank, take the reference."""
     geometry = Geometry(stride, padding, dilation, groups, padding_mode)
-    _check(grad_output, core, factors, weight_size, geometry)
-    batch, feature, *spatial = factors
-    narrow = core.shape[1] > weight_size[1] or (feature is None and groups > 1)
-    if grad_output.dtype == torch.float64 or narrow or not (grad_output.numel() and core.numel()):
-        return _reference(grad_output, core, factors, weight_size, stride, padding, dilation, groups, padding_mode)
-    # A factor of the batch widens the core, which is small, instead of narrowing grad_output.
-    kept = core if batch is None else mode_product(core.float(), batch.float(), 0).to(core.dtype)
-    given = [factor for factor in spatial if factor is not None]
-    shapes = tuple(None if shape is None else (shape[0], shape[1]) for shape in _shapes([None, *factors[1:]]))
-    cost = costs(tuple(kept.shape), shapes, tuple(weight_size), _hashable(geometry), grad_output.element_size())
-    thin = [weight_size[0], kept.shape[1], *weight_size[2:]]
-    parts = None
-    if cost.shifted < cost.expanded:
-        parts = shifted_sums(grad_output, kept, given, weight_size, geometry)
-    if parts is not None:
-        taps = (weight_size[2], weight_size[3])
-        if feature is not None and groups == 1:
-            grads = reduce_and_expand(parts, feature, grad_output.dtype, taps=taps)
-            if grads is not None:
-                return grads[0]
-        product = added_up(parts, taps, kept.shape[1])
-    else:
-        image = kept.float()
-        for mode, factor in enumerate(spatial, start=2):
-            image = image if factor is None else mode_product(image, factor.float(), mode)
-        plain: list[torch.Tensor | None] = [None] * core.dim()
-        product = _weight_grad_expanded(grad_output, image.to(core.dtype), plain, thin, geometry._replace(groups=1))
-    product = product.float()
-    if feature is None:
-        return product.to(grad_output.dtype).contiguous()
-    grouped = product.reshape(groups, weight_size[0] // groups, kept.shape[1], -1)
-    rows = feature.float().reshape(groups, 1, weight_size[1], kept.shape[1])
-    return (rows @ grouped).reshape(tuple(weight_size)).to(grad_output.dtype)
+    return convolution_weight_grads(grad_output, core, factors, weight_size, geometry, with_bias=False)[0]
+
+
+def convolution_weight_bias_grad(
+    grad_output: torch.Tensor,
+    core: torch.Tensor,
+    factors: Factors,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_mode: str = "zeros",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`lance::convolution_weight_bias_grad`."""
+    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    grad_weight, grad_bias = convolution_weight_grads(
+        grad_output, core, factors, weight_size, geometry, with_bias=True
+    )
+    assert grad_bias is not None
+    return grad_weight, grad_bias

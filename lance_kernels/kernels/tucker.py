@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from lance_kernels.kernels._common import (
+    MAX_ALIGN_BYTES,
     Tile,
     alignment,
     by_preference,
@@ -35,6 +36,10 @@ from lance_kernels.ops.tucker import Factors, _project_reference, mode_product
 MAX_KRONECKER = 2**18  # elements, half a megabyte of bfloat16
 MAX_RANK = 256
 MAX_CORE = 2**14  # elements of the core that a program keeps
+
+# Of an H100: the rank whose products take as long as the reads; how much longer reads take that lie apart; terms of the
+# sum and elements of x that could be read while a program is between two tiles and while the library finishes a mode.
+BALANCED_RANK, UNORDERED, TERMS_BETWEEN_TILES, ELEMENTS_A_PRODUCT = 150, 8.0, 128, 1.5e7
 
 
 @triton.jit
@@ -182,13 +187,19 @@ class Pass(NamedTuple):
         return power_of_two(self.groups[self.summed].rank or 1), power_of_two(rank or 1)
 
     def cost(self) -> float:
-        """Elements left by the launch, weighed with the operations for each element of `x`, padding included."""
+        """Time of the launch and of what it leaves, over that of reading `x` once; fitted to an H100."""
         summed, streamed = self.groups[self.summed], self.groups[self.streamed]
         first, second = self.columns()
-        operations = first * (1 + (4 * second / summed.size if self.two_sided else 0))
-        operations *= -(-streamed.size // 64) * 64 / streamed.size
-        left = math.prod(self.extents()) / math.prod(group.size for group in self.groups)
-        return 1000 * left + operations
+        sizes = [group.size for group in self.groups]
+        rows = -(-streamed.size // 64) * 64 / streamed.size
+        time = max(1.0, rows * first / BALANCED_RANK)
+        if summed.stride != 1 and streamed.stride != 1 and min(group.stride for group in self.groups) == 1:
+            time *= UNORDERED
+        # Between two tiles a program reads the second factor and nothing of x.
+        time += (TERMS_BETWEEN_TILES + (2 * second if self.two_sided else 0)) / summed.size
+        done = {self.summed, self.streamed} if self.two_sided else {self.summed}
+        left = sum(group.rank is not None for index, group in enumerate(self.groups) if index not in done)
+        return time + 8 * math.prod(self.extents()) / math.prod(sizes) + left * ELEMENTS_A_PRODUCT / math.prod(sizes)
 
 
 def group_modes(sizes: Sequence[int], strides: Sequence[int], ranks: Sequence[int | None]) -> tuple[Group, ...]:
@@ -233,25 +244,30 @@ def plan(sizes: tuple[int, ...], strides: tuple[int, ...], ranks: tuple[int | No
     return min(passes, key=Pass.cost, default=None)
 
 
-def tiles_for(first: int, second: int, stream: int, total: int, itemsize: int) -> list[Tile]:
-    """Tiles for padded ranks `first` and `second` (0 without one), streamed and summed sizes."""
+def tiles_for(first: int, second: int, stream: int, total: int, itemsize: int, align: int) -> list[Tile]:
+    """Tiles for padded ranks `first` and `second` (0 without one), streamed and summed sizes, and elements a load."""
     terms = min(128 // itemsize, power_of_two(total))
 
     def stage(rows: int, terms: int) -> int:
         return (rows + first) * terms * itemsize
 
     def tile(rows: int, warps: int, blocks: int = 1, terms: int = terms) -> Tile:
-        # A fourth load in flight costs registers that two blocks of rows do not leave.
-        return Tile(rows, terms, warps, min(stages_for(stage(rows * blocks, terms)), 5 - blocks), blocks)
+        return Tile(rows, terms, warps, min(stages_for(stage(rows * blocks, terms)), 3), blocks)
 
     listed = [tile(128, 4), tile(128, 8), tile(128, 8, 2), tile(64, 4), tile(64, 8)]
     if itemsize == 4:
         listed = [tile._replace(stages=2) for tile in (tile(128, 8), tile(64, 4), tile(64, 8))]
     listed = [tile for tile in listed if tile.rows <= max(64, power_of_two(stream))]
     listed += [tile(rows, 4, terms=16)._replace(stages=2) for rows in (64, 32, 16)]
+
+    def registers(tile: Tile) -> float:
+        accumulators = tile.rows * first + max(first, tile.stream / 2) * second
+        addresses = 2 * tile.rows * tile.sum * (1 / align - itemsize / MAX_ALIGN_BYTES)  # more of them for narrow loads
+        return (accumulators + addresses) / (32 * tile.warps)
+
     return by_preference(
         listed,
-        registers=lambda tile: (tile.rows * first + first * second + tile.stream * second) / (32 * tile.warps),
+        registers=registers,
         shared=lambda tile: max(
             tile.stages * stage(tile.rows, tile.sum), 4 * (tile.stream * (first + second)) if second else 0
         ),
@@ -382,8 +398,9 @@ def tucker_project(x: torch.Tensor, factors: Factors) -> torch.Tensor:
         launch(one, x, factors, parts, list(parts.stride()[1:]), splits, parts.stride(0), tile)
         return parts, False
 
-    shape = (first, second if one.two_sided else 0, streamed.size, summed.size, x.element_size())
-    variant = (x.dtype, matmul_precision(x.dtype), *_units(one, x.element_size()))
+    units = _units(one, x.element_size())
+    shape = (first, second if one.two_sided else 0, streamed.size, summed.size, x.element_size(), max(units))
+    variant = (x.dtype, matmul_precision(x.dtype), *units)
     started = launch_fitting("tucker_project", shape, variant, tiles_for, start)
     if started is None:
         return _project_reference(x, factors)

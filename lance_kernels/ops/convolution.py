@@ -227,6 +227,11 @@ def _input_grad(
     return unpad_spatial_grad(grad, input_size[2:], outer, geometry.padding_mode)
 
 
+def bias_grad(grad_output: torch.Tensor) -> torch.Tensor:
+    """Gradient of a convolution's bias, `(O,)`, from `(B, O, *S')`."""
+    return grad_output.sum(dim=[0, *range(2, grad_output.dim())])
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -263,11 +268,13 @@ class _Convolution(torch.autograd.Function):
             if needs_weight:
                 core = restore_core(core, ctx.core_size, ctx.core_bits, lengths, ctx.core_count, ctx.dtype)
                 expanding = kept_factors(factors, ctx.dtype, expand=True)
-                grad_weight = torch.ops.lance.convolution_weight_grad(
-                    grad_output, core, expanding, ctx.weight_size, *ctx.geometry
-                )
-            if needs_bias:
-                grad_bias = grad_output.sum(dim=[0, *range(2, grad_output.dim())])
+                arguments = (grad_output, core, expanding, ctx.weight_size, *ctx.geometry)
+                if needs_bias:
+                    grad_weight, grad_bias = torch.ops.lance.convolution_weight_bias_grad(*arguments)
+                else:
+                    grad_weight = torch.ops.lance.convolution_weight_grad(*arguments)
+            elif needs_bias:
+                grad_bias = bias_grad(grad_output)
         return grad_x, grad_weight, grad_bias, None, None, None, None, *[None] * len(factors)
 
 

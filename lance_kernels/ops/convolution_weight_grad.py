@@ -18,7 +18,7 @@ import torch
 from lance_kernels.ops._checks import accumulation_dtype, check, check_factors, check_same
 from lance_kernels.ops._padding import pad_pairs, pad_spatial, padded_rows, shifted_factor
 from lance_kernels.ops._registry import define, not_differentiable, register_triton
-from lance_kernels.ops.convolution import Geometry, check_geometry, output_size
+from lance_kernels.ops.convolution import Geometry, bias_grad, check_geometry, output_size
 from lance_kernels.ops.tucker import Factors, mode_product, mode_product_flops, ranks_of
 
 
@@ -207,6 +207,13 @@ def _reference(
     return _weight_grad(grad_output, core, factors, weight_size, geometry)
 
 
+def _weight_bias_grad_reference(
+    grad_output: torch.Tensor, core: torch.Tensor, factors: Factors, *numbers: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weight_grad = torch.ops.lance.convolution_weight_grad(grad_output, core, factors, *numbers)
+    return weight_grad, bias_grad(grad_output)
+
+
 def _fake(
     grad_output: torch.Tensor,
     core: torch.Tensor,
@@ -220,6 +227,12 @@ def _fake(
 ) -> torch.Tensor:
     _check(grad_output, core, factors, weight_size, Geometry(stride, padding, dilation, groups, padding_mode))
     return grad_output.new_empty(list(weight_size))
+
+
+def _weight_bias_grad_fake(
+    grad_output: torch.Tensor, core: torch.Tensor, factors: Factors, *numbers: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake(grad_output, core, factors, *numbers), grad_output.new_empty(grad_output.shape[1])
 
 
 def weight_grad_flops(
@@ -248,4 +261,14 @@ define(
     flops=weight_grad_flops,
     tags=(torch.Tag.flexible_layout,),
 )
+define(
+    "convolution_weight_bias_grad(Tensor grad_output, Tensor core, Tensor?[] factors, int[] weight_size, int[] stride, "
+    'int[] padding, int[] dilation, int groups, str padding_mode="zeros") -> (Tensor, Tensor)',
+    reference=_weight_bias_grad_reference,
+    fake=_weight_bias_grad_fake,
+    autograd=not_differentiable("convolution_weight_bias_grad"),
+    flops=weight_grad_flops,
+    tags=(torch.Tag.flexible_layout,),
+)
 register_triton("convolution_weight_grad")
+register_triton("convolution_weight_bias_grad", "convolution_weight_grad")

@@ -254,7 +254,7 @@ def check_convolution_weight_grad(
 
 
 @fuzzes("convolution_weight_grad", check_convolution_weight_grad)
-def _(draw: Draw) -> list[Any]:
+def convolution_weight_grad(draw: Draw) -> list[Any]:
     geometry, (x, weight, _) = drawn_convolution(draw)
     factors = factors_for(draw, geometry.input_size, floating(draw))
     y = geometry.convolve(x, weight, None)
@@ -267,6 +267,14 @@ def _(draw: Draw) -> list[Any]:
         *geometry.arguments,
         geometry.mode,
     ]
+
+
+def check_convolution_weight_bias_grad(result: Any, grad: Any, *arguments: Any) -> None:
+    check_convolution_weight_grad(result[0], grad, *arguments)
+    assert_close(result[1], grad.double().sum([0, *range(2, grad.dim())]), factor=5)
+
+
+fuzzes("convolution_weight_bias_grad", check_convolution_weight_bias_grad)(convolution_weight_grad)
 
 
 def patch_numbers(geometry: Geometry) -> list[Any]:

@@ -177,7 +177,26 @@ def test_opcheck(mode, core_bits):
     opcheck(torch.ops.lance.convolution.default, (x, weight, None, *arguments, factors, core_bits, mode))
     grad = torch.randn_like(convolution(x, weight, None, *arguments, factors, 0, mode)[0])
     core = tucker_project(x.detach(), factors)
-    opcheck(torch.ops.lance.convolution_weight_grad.default, (grad, core, factors, [6, 2, 3, 2], *arguments, mode))
+    for operator in (torch.ops.lance.convolution_weight_grad, torch.ops.lance.convolution_weight_bias_grad):
+        opcheck(operator.default, (grad, core, factors, [6, 2, 3, 2], *arguments, mode))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_bias_gradient_beside_the_weight_gradient(dtype):
+    grad, factors = torch.randn(3, 6, 8, 8).to(dtype), [None, orthonormal(4, 2, torch.float32), None, None]
+    core, arguments = torch.randn(3, 2, 8, 8).to(dtype), ([6, 4, 3, 3], [1, 1], [1, 1], [1, 1], 1)
+    weight_grad, bias_grad = torch.ops.lance.convolution_weight_bias_grad(grad, core, factors, *arguments)
+    assert torch.equal(weight_grad, convolution_weight_grad(grad, core, factors, *arguments))
+    assert_near(bias_grad, grad.double().sum((0, 2, 3)))
+
+
+def test_bias_gradient_without_a_weight_gradient():
+    x, weight = torch.randn(2, 4, 6, 6), torch.randn(6, 4, 3, 3)
+    bias, factors = torch.randn(6, requires_grad=True), [None, orthonormal(4, 2, torch.float32), None, None]
+    y, _ = convolution(x, weight, bias, [1, 1], [1, 1], [1, 1], 1, factors)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    assert_near(bias.grad, grad.double().sum((0, 2, 3)))
 
 
 def test_flops_in_and_below_autograd():

@@ -1,0 +1,328 @@
+"""Two ways of `convolution_weight_grad` on a GPU that leave the large product to the library, 16-bit.
+
+The shifted factors `V (H', i, k)` and `W (W', j, l)` of `lance_kernels/ops/convolution_weight_grad.py` make one matrix,
+`S[h'w', ij, kl] = V[h', i, k] W[w', j, l]`. Either `grad_output` is projected,
+
+    Q[b, o, ij, kl] = sum_h'w' grad[b, o, h'w'] S[h'w', ij, kl]       by the library
+    sums[o, ij, q] = sum_bkl Q[b, o, ij, kl] core[b, q, kl]           `contract_kernel`
+
+or the core is expanded to the patches of an image of its channels,
+
+    P[b, h'w', ij, q] = sum_kl S[h'w', ij, kl] core[b, q, kl]         `patches_kernel`
+    sums[o, ij, q] = sum_bh'w' grad[b, o, h'w'] P[b, h'w', ij, q]     by the library
+
+A column of ones in `S` or `P` gives the bias gradient from the same read. The library's results are float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from lance_kernels.kernels._common import Tile, launch_fitting, power_of_two, splits_for
+from lance_kernels.ops._padding import pad_pairs, padded_rows, shifted_factor
+from lance_kernels.ops._prepared import prepared
+from lance_kernels.ops.convolution import Geometry
+
+MAX_FOLDED = 2**18  # elements of S, half a megabyte
+MAX_RANKS = 256  # of both spatial modes together
+ONES = 8  # columns that the one of ones takes, to keep rows at 16 bytes
+# What Q takes for a share of the batch stays in the L2 cache; P is made for as many images as this allows.
+PROJECTED_BYTES, PATCHES_BYTES = 24 * 2**20, 32 * 2**20
+PARTS_BYTES, LIBRARY_TILE, LIBRARY_PROGRAMS = 12 * 2**20, 128, 264
+
+
+def slots(ranks: int) -> int:
+    """Columns of S that the ranks of a tap take: rows of Q are read 16 bytes at a time."""
+    return -(-ranks // 4) * 4
+
+
+def columns(taps: int, ranks: int) -> int:
+    """Columns of S."""
+    return -(-taps * slots(ranks) // ONES) * ONES + ONES
+
+
+@triton.jit
+def contract_kernel(
+    projected,  # (images, outputs, pitch) float32
+    core,  # (images, channels, ranks)
+    parts,  # (splits, outputs * TAPS, CHANNELS)
+    bias_parts,  # (splits, outputs)
+    images,
+    outputs,
+    channels,
+    ranks,
+    pitch,
+    splits,
+    TAPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    RANKS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    split, tile = tl.program_id(0) % splits, tl.program_id(0) // splits
+    step = outputs.to(tl.int64) * pitch * 4
+    share = tl.cdiv(images, splits)
+    first, last = split * share, tl.minimum((split + 1) * share, images)
+    row = tile * ROWS + tl.arange(0, ROWS)  # (ROWS,), outputs and taps
+    inside = row < outputs * TAPS
+    kl = tl.arange(0, RANKS)
+    c = tl.arange(0, CHANNELS)
+    start = (row // TAPS).to(tl.int64) * pitch * 4 + row % TAPS * SLOTS
+    total = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+    bias = tl.zeros((ROWS,), dtype=tl.float32)
+    for image in range(first, last):
+        place = tl.cast(image, tl.int64)
+        entries = projected + place * step + start[:, None] + kl[None, :]
+        block = tl.load(entries, mask=inside[:, None] & (kl < ranks)[None, :], other=0.0)  # (ROWS, RANKS)
+        thin = core + place * channels * ranks + c[None, :] * ranks + kl[:, None]
+        kernel = tl.load(thin, mask=(c < channels)[None, :] & (kl < ranks)[:, None], other=0.0)  # (RANKS, CHANNELS)
+        total = tl.dot(block, kernel.to(tl.float32), total, input_precision="tf32")
+        if BIAS:
+            ones = projected + place * step + start + TAPS * SLOTS
+            bias += tl.load(ones, mask=inside & (row % TAPS == 0), other=0.0)
+    line = split.to(tl.int64) * outputs * TAPS + row
+    tl.store(parts + line[:, None] * CHANNELS + c[None, :], total, mask=inside[:, None])
+    if BIAS:
+        tl.store(bias_parts + split.to(tl.int64) * outputs + row // TAPS, bias, mask=inside & (row % TAPS == 0))
+
+
+@triton.jit
+def patches_kernel(
+    folded,  # (positions, pitch), S, float32
+    core,  # (images, channels, ranks)
+    patches,  # (images, positions, width * 8)
+    positions,
+    channels,
+    ranks,
+    pitch,
+    width,
+    TAPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    RANKS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    tiles = tl.cdiv(positions * TAPS, ROWS)
+    image, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    row = tile * ROWS + tl.arange(0, ROWS)  # (ROWS,), positions and taps
+    inside = row < positions * TAPS
+    kl = tl.arange(0, RANKS)
+    c = tl.arange(0, CHANNELS)
+    start = (row // TAPS) * pitch * 8 + row % TAPS * SLOTS
+    block = tl.load(
+        folded + start[:, None] + kl[None, :], mask=inside[:, None] & (kl < ranks)[None, :], other=0.0
+    )  # (ROWS, RANKS)
+    thin = core + image * channels * ranks + c[None, :] * ranks + kl[:, None]
+    kernel = tl.load(thin, mask=(c < channels)[None, :] & (kl < ranks)[:, None], other=0.0)  # (RANKS, CHANNELS)
+    made = tl.dot(block, kernel.to(tl.float32), input_precision="tf32").to(patches.dtype.element_ty)
+    line = patches + (image * positions + row // TAPS) * width * 8
+    tl.store(line[:, None] + (row % TAPS * CHANNELS)[:, None] + c[None, :], made, mask=inside[:, None])
+    if BIAS:
+        one = tl.full((ROWS,), 1.0, dtype=tl.float32).to(patches.dtype.element_ty)
+        tl.store(line + TAPS * CHANNELS, one, mask=inside & (row % TAPS == 0))
+
+
+def folded_factor(
+    spatial: Sequence[torch.Tensor],
+    output: Sequence[int],
+    kernel: Sequence[int],
+    geometry: Geometry,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """S with a column of ones behind the taps' columns, `(H' * W', columns)`, kept while the factors do not change.
+
+    Args:
+        spatial: the factors of height and width.
+        output: height and width of the output.
+        kernel: height and width of the kernel.
+        geometry: the convolution's.
+        dtype: dtype of the result.
+    """
+    pairs, mode = pad_pairs(geometry.padding, 2), geometry.padding_mode
+    numbers = (*geometry.stride, *geometry.dilation, *pairs, mode)
+
+    def make() -> torch.Tensor:
+        shifted = []
+        for index, factor in enumerate(spatial):
+            rows = padded_rows(factor.shape[0], *pairs[index], mode, factor.device)
+            stride, dilation = geometry.stride[index], geometry.dilation[index]
+            shifted.append(shifted_factor(factor.float(), rows, output[index], kernel[index], stride, dilation))
+        positions, taps = math.prod(output), math.prod(kernel)
+        product = torch.einsum("hik,wjl->hwijkl", *shifted).reshape(positions, taps, -1)
+        padded = product.new_zeros(positions, columns(taps, product.shape[2]), dtype=dtype)
+        places = padded[:, : taps * slots(product.shape[2])].view(positions, taps, -1)
+        places[:, :, : product.shape[2]] = product
+        padded[:, taps * slots(product.shape[2])] = 1
+        return padded
+
+    return prepared(spatial, ("folded", dtype, *output, *kernel, *numbers), make)
+
+
+def is_rows(grad: torch.Tensor) -> bool:
+    """Whether an image of `grad` is a matrix whose rows of positions the library takes as they are."""
+    _, outputs, height, width = grad.shape
+    batch_step, output_step, height_step, width_step = grad.stride()
+    flat = width_step == 1 and (height_step == width or height == 1)
+    return flat and output_step >= height * width and not (output_step % 8 or batch_step % 8)
+
+
+def as_matrices(grad: torch.Tensor, columns_first: bool) -> torch.Tensor:
+    """`grad` as matrices `(B, O, H' * W')`; copied to channels_last where its layout allows no product.
+
+    Args:
+        grad: `(B, O, H', W')`.
+        columns_first: whether only channels_last will do.
+    """
+    if columns_first or not is_rows(grad):
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        return grad.permute(0, 2, 3, 1).reshape(grad.shape[0], -1, grad.shape[1]).mT
+    return grad.flatten(2)
+
+
+def projected_sums(
+    grad: torch.Tensor, core: torch.Tensor, folded: torch.Tensor, kernel: Sequence[int], with_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Projects `grad` first; None where the GPU has no room for the kernel.
+
+    Args:
+        grad: `(B, O, H', W')`, bfloat16 or float16.
+        core: `(B, channels, rank_H, rank_W)`.
+        folded: from `folded_factor`, in the dtype of `grad`; float32 for `patch_sums`, which rounds what it expands to.
+        kernel: height and width of the kernel.
+        with_bias: whether to sum `grad` up too.
+
+    Returns:
+        Partial sums, float32: `(splits, O, kernel height, kernel width, padded channels)`, and `(splits, O)` or None.
+    """
+    batch, outputs, taps = grad.shape[0], grad.shape[1], math.prod(kernel)
+    channels, ranks = core.shape[1], math.prod(core.shape[2:])
+    core, width = core.contiguous(), power_of_two(core.shape[1])
+    pitch = folded.shape[1]
+    at_once = max(1, min(batch, PROJECTED_BYTES // (4 * outputs * pitch)))
+    shares = triton.cdiv(batch, at_once)
+    at_once = triton.cdiv(batch, shares)
+
+    def start(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+        tiles = triton.cdiv(outputs * taps, tile.stream)
+        splits = splits_for(tiles, at_once, 4 * outputs * taps * width * shares, grad.numel() * 2)
+        parts = grad.new_empty((shares * splits, outputs, *kernel, width), dtype=torch.float32)
+        bias_parts = grad.new_empty((shares * splits, outputs) if with_bias else (shares, 1), dtype=torch.float32)
+        for share, first in enumerate(range(0, batch, at_once)):
+            images = min(at_once, batch - first)
+            matrices = as_matrices(grad[first : first + images], columns_first=False)
+            projected = wide_product(matrices, folded.expand(images, -1, -1))
+            contract_kernel[(tiles * splits,)](
+                projected,
+                core[first:],
+                parts[share * splits :],
+                bias_parts[share * splits :] if with_bias else bias_parts,
+                images,
+                outputs,
+                channels,
+                ranks,
+                pitch // 4,
+                splits,
+                TAPS=taps,
+                SLOTS=slots(ranks),
+                RANKS=power_of_two(ranks),
+                CHANNELS=width,
+                ROWS=tile.stream,
+                BIAS=with_bias,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+        return parts, bias_parts
+
+    shape, variant = (outputs, taps, ranks, width), (grad.dtype, with_bias)
+    found = launch_fitting("convolution_weight_grad, contract", shape, variant, contract_tiles_for, start)
+    return None if found is None else (found[0], found[1] if with_bias else None)
+
+
+def contract_tiles_for(outputs: int, taps: int, ranks: int, width: int) -> list[Tile]:
+    """Tiles of `contract_kernel`."""
+    terms = power_of_two(ranks)
+    listed = [Tile(64, terms, 4, 3), Tile(64, terms, 4, 2), Tile(32, terms, 4, 2), Tile(16, terms, 4, 1)]
+    return [tile for tile in listed if 4 * tile.stages * tile.stream * terms <= 96 * 1024] or listed[-1:]
+
+
+def patch_sums(
+    grad: torch.Tensor, core: torch.Tensor, folded: torch.Tensor, kernel: Sequence[int], with_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Expands the core first; arguments and results as those of `projected_sums`, whose parts it returns as a view."""
+    batch, outputs, taps = grad.shape[0], grad.shape[1], math.prod(kernel)
+    channels, ranks, positions = core.shape[1], math.prod(core.shape[2:]), folded.shape[0]
+    core, padded = core.contiguous(), power_of_two(core.shape[1])
+    width = taps * padded + (ONES if with_bias else 0)
+    pieces = list(_pieces(batch, positions, outputs, width))
+    parts = grad.new_empty((sum(groups for _, groups, _ in pieces), outputs, width), dtype=torch.float32)
+
+    def start(tile: Tile) -> torch.Tensor:
+        place = 0
+        for first, groups, images in pieces:
+            count = groups * images
+            patches = grad.new_empty((count, positions, width))
+            patches_kernel[(count * triton.cdiv(positions * taps, tile.stream),)](
+                folded,
+                core[first:],
+                patches,
+                positions,
+                channels,
+                ranks,
+                folded.shape[1] // 8,
+                width // 8,
+                TAPS=taps,
+                SLOTS=slots(ranks),
+                RANKS=power_of_two(ranks),
+                CHANNELS=padded,
+                ROWS=tile.stream,
+                BIAS=with_bias,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+            matrices = as_matrices(grad[first : first + count], columns_first=True).mT
+            matrices = matrices.reshape(groups, images * positions, outputs)
+            product = wide_product(matrices.mT, patches.view(groups, images * positions, width))
+            parts[place : place + groups] = product
+            place += groups
+        return parts
+
+    shape = (positions * taps, ranks, padded)
+    found = launch_fitting("convolution_weight_grad, patches", shape, (grad.dtype, with_bias), patch_tiles_for, start)
+    if found is None:
+        return None
+    sums = parts[:, :, : taps * padded].unflatten(2, (*kernel, padded))
+    return sums, parts[:, :, taps * padded] if with_bias else None
+
+
+def patch_tiles_for(rows: int, ranks: int, width: int) -> list[Tile]:
+    """Tiles of `patches_kernel`."""
+    return [Tile(rows, power_of_two(ranks), 4, 1) for rows in (128, 64, 16)]
+
+
+def _pieces(batch: int, positions: int, outputs: int, width: int) -> Iterator[tuple[int, int, int]]:
+    """First image, groups and images a group of the library's products: as many groups as fill a GPU, one for the rest."""
+    at_once = max(1, min(batch, PATCHES_BYTES // (2 * positions * width)))
+    at_once = triton.cdiv(batch, triton.cdiv(batch, at_once))
+    tiles = triton.cdiv(outputs, LIBRARY_TILE) * triton.cdiv(width, LIBRARY_TILE)
+    room = PARTS_BYTES * at_once // (4 * outputs * width * batch)
+    groups = max(1, min(LIBRARY_PROGRAMS // tiles, room, at_once))
+    for first in range(0, batch, at_once):
+        images = min(at_once, batch - first)
+        each = max(1, images // groups)
+        yield first, images // each, each
+        if images % each:
+            yield first + images // each * each, 1, images % each
+
+
+def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Batched product of 16-bit matrices in float32."""
+    if left.is_cuda:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())
