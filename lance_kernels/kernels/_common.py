@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import triton
+import triton.language as tl
 from triton.runtime.autotuner import OutOfResources
 from triton.runtime.driver import driver
 
@@ -15,6 +16,8 @@ from lance_kernels.ops._prepared import prepared
 
 MIN_SIDE = 16  # least side of a matrix product on the matrix units
 MAX_ALIGN_BYTES = 16  # widest load of a thread
+
+HALF_TF32 = 0x1000  # half of the last bit of float32 that TF32 keeps
 
 # Multiprocessors that a launch should fill twice. A constant: the order of sums must not depend on the device.
 PROGRAMS = 264
@@ -186,17 +189,39 @@ def splits_for(programs: int, tiles: int, partial_bytes: int, streamed_bytes: in
     return max(1, min(wanted, bound))
 
 
-def kronecker(factors: Sequence[torch.Tensor], dtype: torch.dtype, columns: int) -> torch.Tensor:
+def nearest_tf32(values: torch.Tensor) -> torch.Tensor:
+    """float32 values rounded to the ten bits of mantissa of TF32, beyond which matrix units ignore the rest."""
+    near = (values.view(torch.int32) + HALF_TF32) & -2 * HALF_TF32
+    return torch.where(values.isnan(), values, near.view(torch.float32))
+
+
+@triton.jit
+def nearest(values, PRECISION: tl.constexpr):
+    """Operand of a product in `PRECISION`: float32 rounded to TF32 where the matrix units would cut it off."""
+    if PRECISION == "tf32":  # noqa: SIM102 - the dtype is known no sooner
+        if values.dtype == tl.float32:
+            bits = values.to(tl.uint32, bitcast=True)
+            near = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+            # The bits of a NaN may carry over into the sign.
+            values = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, values, near)
+    return values
+
+
+def kronecker(
+    factors: Sequence[torch.Tensor], dtype: torch.dtype, columns: int, precision: str = "ieee"
+) -> torch.Tensor:
     """The Kronecker product of factors, with zero columns added.
 
     Args:
         factors: one or more `(size, rank)` matrices; the last one's rows vary fastest.
         dtype: dtype of the result.
         columns: columns of the result, at least the product of the ranks.
+        precision: precision of the products it is for; for TF32, a float32 result is rounded to it.
 
     Returns:
         `(product of sizes, columns)`, contiguous.
     """
+    rounds = dtype == torch.float32 and precision == "tf32"
 
     def make() -> torch.Tensor:
         product = factors[0].float()
@@ -205,6 +230,6 @@ def kronecker(factors: Sequence[torch.Tensor], dtype: torch.dtype, columns: int)
             product = product.reshape(math.prod(product.shape[:2]), -1)
         padded = torch.zeros(product.shape[0], columns, dtype=dtype, device=product.device)
         padded[:, : product.shape[1]] = product
-        return padded
+        return nearest_tf32(padded) if rounds else padded
 
-    return prepared(factors, ("kronecker", dtype, columns), make)
+    return prepared(factors, ("kronecker", dtype, columns, rounds), make)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lance_kernels.kernels._common import PROGRAMS, Tile, kronecker, launch_fitting, matmul_precision
+from lance_kernels.kernels._common import PROGRAMS, Tile, kronecker, launch_fitting, matmul_precision, nearest
 
 # Rows and columns of the gradient that a program takes at once.
 TILES = [Tile(side, side, 4, 2) for side in (64, 32, 16)]
@@ -56,6 +56,7 @@ def reduce_kernel(
             for split in tl.range(0, splits, loop_unroll_factor=4):
                 bias += tl.load(bias_parts + o + split * outputs, mask=inside, other=0.0)
             tl.store(bias_grad + o, bias.to(bias_grad.dtype.element_ty), mask=inside)
+    total = nearest(total, PRECISION)
     tiles = tl.cdiv(features, COLUMNS)
     size = tl.cdiv(tiles, shares)
     for column in range(share * size, tl.minimum((share + 1) * size, tiles)):
@@ -106,7 +107,7 @@ def reduce_and_expand(
         reduce_kernel[(row_tiles * shares,)](
             parts,
             parts if bias_parts is None else bias_parts,
-            kronecker([feature], torch.float32, second),
+            kronecker([feature], torch.float32, second, precision),
             weight_grad,
             parts if bias_grad is None else bias_grad,
             outputs,

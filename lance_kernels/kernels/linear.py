@@ -22,6 +22,7 @@ from lance_kernels.kernels._common import (
     kronecker,
     launch_fitting,
     matmul_precision,
+    nearest,
     power_of_two,
     splits_for,
     stages_for,
@@ -88,7 +89,7 @@ def weight_grad_kernel(
         if WAY != "kept":
             corner = core + (batch * token_rank + k[:, None]) * feature_rank + d[None, :]
             filled = (k[:, None] < token_rank) & (d[None, :] < feature_rank)
-            matrix = tl.load(corner, mask=filled, other=0.0).to(tl.float32)  # (K, D)
+            matrix = nearest(tl.load(corner, mask=filled, other=0.0), PRECISION).to(tl.float32)  # (K, D)
         sums = tl.zeros((STREAM, K), dtype=tl.float32)
         for start in range(first, last, SUM):
             n = (start + tl.arange(0, SUM)).to(tl.int64)  # (SUM,)
@@ -98,23 +99,19 @@ def weight_grad_kernel(
             if WAY == "kept":
                 entries = core + (batch * tokens + n)[:, None] * feature_rank + d[None, :]
                 known = present[:, None] & (d[None, :] < feature_rank)
-                total = tl.dot(
-                    block,
-                    tl.load(entries, mask=known, other=0.0).to(block.dtype),  # (SUM, D)
-                    total,
-                    input_precision=PRECISION,
-                )
+                rows = tl.load(entries, mask=known, other=0.0).to(block.dtype)  # (SUM, D)
+                total = tl.dot(block, nearest(rows, PRECISION), total, input_precision=PRECISION)
             else:
                 rows = tl.load(factor + n[:, None] * K + k[None, :], mask=present[:, None], other=0.0)  # (SUM, K)
                 if WAY == "expand":
                     expanded = tl.dot(rows, matrix, input_precision=PRECISION).to(block.dtype)  # (SUM, D)
-                    total = tl.dot(block, expanded, total, input_precision=PRECISION)
+                    total = tl.dot(block, nearest(expanded, PRECISION), total, input_precision=PRECISION)
                 else:
                     sums = tl.dot(block, rows, sums, input_precision=PRECISION)
             if BIAS:
                 bias = tl.dot(block, ones, bias, input_precision=PRECISION)
         if WAY == "project":
-            total = tl.dot(sums, matrix, total, input_precision=PRECISION)
+            total = tl.dot(nearest(sums, PRECISION), matrix, total, input_precision=PRECISION)
     row = split.to(tl.int64) * output_size + o
     tl.store(parts + row[:, None] * D + d[None, :], total, mask=inside[:, None])
     if BIAS:
@@ -221,7 +218,7 @@ def _launch_parts(
     itemsize, precision = grad.element_size(), matmul_precision(grad.dtype)
     matrix = core
     if token is not None:
-        matrix = kronecker([token], grad.dtype if way == "project" else torch.float32, first)
+        matrix = kronecker([token], grad.dtype if way == "project" else torch.float32, first, precision)
     steps = grad.stride()
     unit = alignment(itemsize, outputs, *steps[:2]) if steps[2] == 1 else 1
 

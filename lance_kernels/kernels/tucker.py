@@ -26,6 +26,7 @@ from lance_kernels.kernels._common import (
     kronecker,
     launch_fitting,
     matmul_precision,
+    nearest,
     power_of_two,
     splits_for,
     stages_for,
@@ -119,10 +120,10 @@ def project_kernel(
         if TWO_SIDED:
             places = second + s[:, None] * Q + q[None, :]
             factor = tl.load(places, mask=inside[:, None], other=0.0)  # (STREAM, Q)
-            result = tl.dot(tl.trans(sums), factor, result, input_precision=PRECISION)
+            result = tl.dot(tl.trans(nearest(sums, PRECISION)), factor, result, input_precision=PRECISION)
             if BLOCKS == 2:
                 factor = tl.load(places + STREAM * Q, mask=more[:, None], other=0.0)
-                result = tl.dot(tl.trans(other), factor, result, input_precision=PRECISION)
+                result = tl.dot(tl.trans(nearest(other, PRECISION)), factor, result, input_precision=PRECISION)
         else:
             places = target + s[:, None] * core_stream + r[None, :] * core_first
             kept = r[None, :] < first_rank
@@ -315,10 +316,11 @@ def launch(
     """Starts the kernel; `strides` are those of `out` by group."""
     summed, streamed = one.groups[one.summed], one.groups[one.streamed]
     first, second = one.columns()
-    first_factor = kronecker([_given(factors[mode]) for mode in summed.modes], x.dtype, first)
+    precision = matmul_precision(x.dtype)
+    first_factor = kronecker([_given(factors[mode]) for mode in summed.modes], x.dtype, first, precision)
     second_factor = first_factor
     if one.two_sided:
-        second_factor = kronecker([_given(factors[mode]) for mode in streamed.modes], torch.float32, second)
+        second_factor = kronecker([_given(factors[mode]) for mode in streamed.modes], torch.float32, second, precision)
     steps = _steps(one, [group.stride for group in one.groups])
     batch = [one.groups[index].size for index in one.batch]
     stream_unit, total_unit = _units(one, x.element_size())
@@ -356,7 +358,7 @@ def launch(
         SUM=tile.sum,
         TWO_SIDED=one.two_sided,
         BLOCKS=tile.blocks,
-        PRECISION=matmul_precision(x.dtype),
+        PRECISION=precision,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

@@ -12,9 +12,11 @@ import sys
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 
 from lance_kernels.kernels import convolution_weight_grad, linear, tucker
-from lance_kernels.kernels._common import WORKSPACE_BYTES, WORKSPACE_SHARE
+from lance_kernels.kernels._common import WORKSPACE_BYTES, WORKSPACE_SHARE, nearest, nearest_tf32
 from lance_kernels.kernels._reduction import reduce_and_expand
 from lance_kernels.ops.convolution import Geometry, output_size
 from lance_kernels.ops.convolution_weight_grad import _weight_grad
@@ -25,6 +27,12 @@ Ranks = Sequence["int | None"]
 COUNTED = ("x", "first", "second", "grad", "factor", "rows", "columns", "core", "parts", "bias_parts")
 NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which older mmap modules do not name
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@triton.jit
+def nearest_kernel(x, y, COUNT: tl.constexpr, PRECISION: tl.constexpr):
+    index = tl.arange(0, COUNT)
+    tl.store(y + index, nearest(tl.load(x + index), PRECISION))
 
 
 def factors_for(shape: Sequence[int], ranks: Ranks, dtype: torch.dtype = FP32) -> list[torch.Tensor | None]:
@@ -181,8 +189,29 @@ def check_convolution() -> None:
     )
 
 
+def check_nearest() -> None:
+    """TF32 to nearest, on the host and in a kernel; infinities and every NaN stay what they are."""
+    special = torch.tensor([0x7F800000, -0x800000, 0x7FFFFFFF, -1, 0x7F7FFFFF, 0, 1, 0x3F801000], dtype=torch.int32)
+    x = torch.cat([special.view(FP32), torch.randn(1024 - len(special))])
+    for precision, expected in (("tf32", nearest_tf32(x)), ("tf32x3", x)):
+        y = torch.empty_like(x)
+        with strict():
+            nearest_kernel[(1,)](x, y, COUNT=1024, PRECISION=precision)
+        assert torch.equal(y.view(torch.int32), expected.view(torch.int32))
+    y = nearest_tf32(x)
+    kinds = [math.inf, -math.inf, math.nan, math.nan, math.inf, 0.0, 0.0]
+    assert torch.equal(y[:7].nan_to_num(nan=5.0), torch.tensor(kinds).nan_to_num(nan=5.0))
+    assert (y.view(torch.int32)[[*range(2), *range(4, 1024)]] % 2**13 == 0).all()
+    # Ten bits of mantissa and an implicit one: half of the last is 2^-11 of the power of two below.
+    assert ((y - x)[8:].abs() <= 2**-11 * 2 ** x[8:].abs().log2().floor()).all()
+    narrow, out = x.to(BF16), torch.empty(1024, dtype=BF16)
+    with strict():
+        nearest_kernel[(1,)](narrow, out, COUNT=1024, PRECISION="tf32")
+    assert torch.equal(out.view(torch.int16), narrow.view(torch.int16))
+
+
 def check_precision() -> None:
-    """Float32 products follow PyTorch's setting; bfloat16 errors stay near those of float32 intermediates."""
+    """Float32 products follow PyTorch's setting."""
     x, factors = torch.randn(2, 64, 96), factors_for((2, 64, 96), (None, 16, 16))
     errors = {}
     for allowed in ("ieee", "tf32"):
@@ -193,18 +222,35 @@ def check_precision() -> None:
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     assert errors["ieee"] < 1e-6 < 1e-4 < errors["tf32"] < 2e-3
 
-    def ratio(result: torch.Tensor, exact: torch.Tensor, unfused: torch.Tensor) -> float:
-        return float((result.double() - exact).norm() / (unfused.double() - exact).norm())
 
-    narrow = x.to(BF16)
-    with strict():
-        core = tucker.tucker_project(narrow, factors)
-        grad = torch.randn(2, 64, 80).to(BF16)
-        weight_grad = linear.linear_weight_grad(grad, core, factors)
-    exact = dense(narrow, factors)
-    assert ratio(core, exact, exact.float().to(BF16)) <= 1.5
-    exact = torch.einsum("bno,bnd->od", grad.double(), dense(core, factors, transpose=False))
-    assert ratio(weight_grad, exact, exact.float().to(BF16)) <= 1.5
+def errors_over_unfused() -> dict[str, tuple[float, float]]:
+    """Errors of bfloat16 results against float64, over those of unfused PyTorch with float32 intermediates.
+
+    With each is by how much the result is too large throughout.
+    """
+
+    def ratio(result: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+        error, other = result.double() - exact, exact.float().to(BF16).double() - exact
+        return float(error.norm() / other.norm()), float((error * exact).sum() / exact.square().sum())
+
+    ratios = {}
+    for shape, ranks, outputs in (((2, 256, 512), (None, 32, 64), 160), ((4, 128, 256), (None, 32, 48), 1200)):
+        x, factors = torch.randn(shape).to(BF16), factors_for(shape, ranks)
+        grad = torch.randn(*shape[:-1], outputs).to(BF16)
+        with strict():
+            core = tucker.tucker_project(x, factors)
+            weight_grad = linear.linear_weight_grad(grad, core, factors)
+        ratios[f"projection {shape}"] = ratio(core, dense(x, factors))
+        exact = torch.einsum("bno,bnd->od", grad.double(), dense(core, factors, transpose=False))
+        ratios[f"linear {shape}"] = ratio(weight_grad, exact)
+    return ratios
+
+
+def check_accuracy() -> None:
+    torch.manual_seed(1)
+    for name, (ratio, excess) in errors_over_unfused().items():
+        assert ratio <= 1.5, (name, ratio)
+        assert abs(excess) <= 3e-4, (name, excess)
 
 
 def check_same_bits() -> None:
@@ -250,7 +296,9 @@ CHECKS = (
     check_linear,
     check_convolution,
     check_rereads,
+    check_nearest,
     check_precision,
+    check_accuracy,
     check_same_bits,
     check_far_offsets,
 )

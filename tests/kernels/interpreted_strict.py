@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from tests.kernels.strict import strict, tf32
+from tests.kernels.strict import cut_off, strict
 
 
 @triton.jit
@@ -64,10 +64,13 @@ def check_dots() -> None:
     a, b = torch.randn(16, 32), torch.randn(32, 16)
     wide = a.bfloat16().double() @ b.bfloat16().double()
     torch.testing.assert_close(product(a.bfloat16(), b.bfloat16()).double(), wide, atol=1e-5, rtol=1e-5)
-    rounded = torch.from_numpy(tf32(a.numpy())).double() @ torch.from_numpy(tf32(b.numpy())).double()
-    torch.testing.assert_close(product(a, b, "tf32").double(), rounded, atol=1e-5, rtol=1e-5)
+    short = torch.from_numpy(cut_off(a.numpy())).double() @ torch.from_numpy(cut_off(b.numpy())).double()
+    torch.testing.assert_close(product(a, b, "tf32").double(), short, atol=1e-5, rtol=1e-5)
     exact = a.double() @ b.double()
-    assert (rounded - exact).abs().max() > 1e-4
+    assert (short - exact).abs().max() > 1e-4
+    # Cut off, a sum of positive products is too small; rounded, it would not be.
+    above = product(a.abs(), b.abs(), "tf32").double() / (a.abs().double() @ b.abs().double()) - 1
+    assert -1.5e-3 < above.max() < -3e-4
     torch.testing.assert_close(product(a, b, "tf32x3").double(), exact, atol=1e-5, rtol=1e-5)
     refused("sides of at least 16", lambda: product(torch.randn(16, 8), torch.randn(8, 16)))
 

@@ -2,8 +2,9 @@
 
 Within `strict()`, for kernels of a process started with `TRITON_INTERPRET=1`:
 
-- bfloat16 operands of a dot are widened (the interpreter multiplies their bits) and float32 ones rounded to what
-  `input_precision` leaves of them; conversions to bfloat16 round to nearest; bfloat16 arithmetic is refused;
+- bfloat16 operands of a dot are widened (the interpreter multiplies their bits) and float32 ones cut off, as matrix
+  units do, to what `input_precision` leaves of them; conversions to bfloat16 round to nearest; bfloat16 arithmetic is
+  refused;
 - a masked load without `other`, a dot with a side under 16, an address outside the arguments, and an element that two
   programs store are refused;
 - programs run in shuffled order;
@@ -120,10 +121,15 @@ def _widened(handle: TensorHandle) -> np.ndarray:
     return handle.data.astype(np.float64 if handle.data.dtype == np.float64 else np.float32)
 
 
-def tf32(values: np.ndarray) -> np.ndarray:
-    """float32 with the ten bits of mantissa that TF32 has."""
+def cut_off(values: np.ndarray) -> np.ndarray:
+    """float32 of which only the ten bits of mantissa that TF32 has are left: all that matrix units read."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def _nearest(values: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return cut_off((bits + np.uint32(0x1000)).view(np.float32))
 
 
 def _dot(
@@ -136,10 +142,11 @@ def _dot(
     if a.dtype.scalar != tl.float32 or name == "ieee":
         product = np.matmul(left, right)
     elif name == "tf32":
-        product = np.matmul(tf32(left), tf32(right))
+        product = np.matmul(cut_off(left), cut_off(right))
     elif name == "tf32x3":
-        high, other = tf32(left), tf32(right)
-        low, rest = tf32(left - high), tf32(right - other)
+        # Triton rounds the high parts; what is left of the low ones does not matter.
+        high, other = _nearest(left), _nearest(right)
+        low, rest = cut_off(left - high), cut_off(right - other)
         product = np.matmul(high, rest) + np.matmul(low, other) + np.matmul(high, other)
     else:
         raise StrictError(f"dot in {name}, whose rounding is not known here")

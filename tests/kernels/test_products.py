@@ -36,7 +36,7 @@ def test_strict_interpreter_catches_what_it_should():
 
 
 def test_products_agree_with_float64_under_the_interpreter():
-    assert interpreted("interpreted_products") == "7 checks"
+    assert interpreted("interpreted_products") == "9 checks"
 
 
 def factors_for(shape, ranks):
@@ -172,6 +172,18 @@ def test_what_fits_no_gpu_takes_the_reference(monkeypatch):
     assert torch.equal(projected, _project_reference(x, factors))
     assert torch.equal(weight_grad, _weight_grad_reference(grad, core, factors))
     assert torch.allclose(found, _reference(image, thin, spatial, (8, 4, 3, 3), *SAME), rtol=1e-4, atol=1e-5)
+
+
+def test_factors_are_rounded_for_tf32_and_kept_apart():
+    """Triton's split of float32 into three products needs all bits; what is 16 bits wide stays as it is."""
+    factor = torch.rand(20, 5) + 1
+    whole, cut = (_common.kronecker([factor], torch.float32, 16, precision) for precision in ("tf32x3", "tf32"))
+    assert torch.equal(whole[:, :5], factor)
+    assert torch.equal(cut, _common.nearest_tf32(whole))
+    assert not torch.equal(cut, whole)
+    assert (cut.view(torch.int32) % 2**13 == 0).all()
+    narrow = [_common.kronecker([factor], BF16, 16, precision) for precision in ("tf32x3", "tf32")]
+    assert narrow[0] is narrow[1]
 
 
 def test_the_tile_that_fits_is_kept(monkeypatch):
