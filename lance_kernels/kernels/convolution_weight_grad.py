@@ -24,6 +24,7 @@ from lance_kernels.kernels._common import (
     by_preference,
     convolution_precision,
     launch_fitting,
+    nearest,
     power_of_two,
     splits_for,
     stages_for,
@@ -133,20 +134,20 @@ def shifted_kernel(
                     other=0.0,
                 )  # (HEIGHT * OUTPUTS, WIDTH)
                 factor = tl.load(columns + w[:, None] * JL + jl[None, :], mask=known[:, None], other=0.0)  # (WIDTH, JL)
-                t = tl.dot(block, factor.to(block.dtype), t, input_precision=PRECISION)
+                t = tl.dot(block, nearest(factor.to(block.dtype), PRECISION), t, input_precision=PRECISION)
             heights = top + tl.arange(0, HEIGHT)
             entries = rows + heights[:, None] * IK + ik[None, :]
             factor = tl.load(entries, mask=(heights < height)[:, None], other=0.0)  # (HEIGHT, IK)
             turned = tl.permute(tl.reshape(t, (HEIGHT, OUTPUTS, JL)), (1, 2, 0))
             turned = tl.reshape(turned, (OUTPUTS * JL, HEIGHT))
-            q = tl.dot(turned, factor, q, input_precision=PRECISION)
+            q = tl.dot(nearest(turned, PRECISION), nearest(factor, PRECISION), q, input_precision=PRECISION)
         k, width_rank = kl // RANK_W, kl % RANK_W
         places = ((place * channels + c[None, :]) * rank_h + k[:, None]) * rank_w + width_rank[:, None]
         known = (c[None, :] < channels) & (k < rank_h)[:, None] & (width_rank < rank_w)[:, None]
-        kernel = tl.load(core + places, mask=known, other=0.0).to(tl.float32)  # (KL, CHANNELS)
+        kernel = nearest(tl.load(core + places, mask=known, other=0.0), PRECISION).to(tl.float32)  # (KL, CHANNELS)
         apart = tl.reshape(q, (OUTPUTS, TAPS_W, RANK_W, TAPS_H, RANK_H))
         apart = tl.reshape(tl.permute(apart, (0, 3, 1, 4, 2)), (OUTPUTS * IJ, KL))
-        total = tl.dot(apart, kernel, total, input_precision=PRECISION)
+        total = tl.dot(nearest(apart, PRECISION), kernel, total, input_precision=PRECISION)
     entry = tl.arange(0, OUTPUTS * IJ)
     first = tile * OUTPUTS * IJ
     kept = first + entry < output_size * IJ

@@ -243,6 +243,20 @@ def errors_over_unfused() -> dict[str, tuple[float, float]]:
         ratios[f"projection {shape}"] = ratio(core, dense(x, factors))
         exact = torch.einsum("bno,bnd->od", grad.double(), dense(core, factors, transpose=False))
         ratios[f"linear {shape}"] = ratio(weight_grad, exact)
+    for shape, ranks, layout in (
+        ((2, 48, 28, 28), (None, 32, 6, 6), "contiguous"),
+        ((2, 96, 32, 40), (None, 64, 7, 7), "channels_last"),
+    ):
+        x, factors = lay_out(torch.randn(shape).to(BF16), layout), factors_for(shape, ranks)
+        grad, weight = torch.randn(shape[0], 64, *shape[2:]).to(BF16), (64, shape[1], 3, 3)
+        with strict():
+            core = tucker.tucker_project(x, factors)
+            parts = convolution_weight_grad.shifted_sums(grad, core, factors[2:], weight, plain((3, 3)))
+            weight_grad, _ = reduce_and_expand(parts, factors[1], BF16, taps=(3, 3))
+        ratios[f"projection {shape}"] = ratio(core, dense(x, factors))
+        wide = [None if factor is None else factor.double() for factor in factors]
+        exact = _weight_grad(grad.double(), core.double(), wide, list(weight), plain((3, 3)))
+        ratios[f"convolution {shape}"] = ratio(weight_grad, exact)
     return ratios
 
 
