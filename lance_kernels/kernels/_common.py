@@ -17,8 +17,6 @@ from lance_kernels.ops._prepared import prepared
 MIN_SIDE = 16  # least side of a matrix product on the matrix units
 MAX_ALIGN_BYTES = 16  # widest load of a thread
 
-HALF_TF32 = 0x1000  # half of the last bit of float32 that TF32 keeps
-
 # Multiprocessors that a launch should fill twice. A constant: the order of sums must not depend on the device.
 PROGRAMS = 264
 # Partial sums may take this share of the streamed tensor, or this many bytes.
@@ -191,7 +189,7 @@ def splits_for(programs: int, tiles: int, partial_bytes: int, streamed_bytes: in
 
 def nearest_tf32(values: torch.Tensor) -> torch.Tensor:
     """float32 values rounded to the ten bits of mantissa of TF32, beyond which matrix units ignore the rest."""
-    near = (values.view(torch.int32) + HALF_TF32) & -2 * HALF_TF32
+    near = (values.view(torch.int32) + 0x1000) & ~0x1FFF
     return torch.where(values.isnan(), values, near.view(torch.float32))
 
 

@@ -1,8 +1,9 @@
-"""The second launch of the weight gradients: partial sums are added up in order and expanded by the feature factor.
+"""What follows the launches that leave partial sums: they are added up in order, for the weight gradients expanded too.
 
     weight_grad[o, c, t] = sum_d (sum_s parts[s, o, t, d]) factor[c, d]
 
-with one tap `t` for a linear layer.
+with one tap `t` for a linear layer. Every program that expands adds up the parts of its rows; many parts are added up
+by a launch of their own before.
 """
 
 from __future__ import annotations
@@ -11,10 +12,58 @@ import torch
 import triton
 import triton.language as tl
 
-from lance_kernels.kernels._common import PROGRAMS, Tile, kronecker, launch_fitting, matmul_precision, nearest
+from lance_kernels.kernels._common import (
+    PROGRAMS,
+    Tile,
+    has_wide_units,
+    kronecker,
+    launch_fitting,
+    matmul_precision,
+    nearest,
+)
 
 # Rows and columns of the gradient that a program takes at once.
-TILES = [Tile(side, side, 4, 2) for side in (64, 32, 16)]
+TILES = [Tile(128, 64, 8, 2), *(Tile(side, side, 4, 2) for side in (64, 32, 16))]
+# A product in three parts holds operands in registers: those that do not spill, by the padded rank.
+TILES_OF_THREE = {128: [Tile(32, 64, 8, 2), Tile(16, 32, 8, 2)], 256: [Tile(16, 32, 8, 2)]}
+MAX_EXPANDED_SPLITS = 2  # that the programs which expand add up themselves
+
+SUM_WARPS, SUM_ELEMENTS = 4, 4096  # elements of all splits that a program which adds up has in flight
+SUM_BLOCKS = (1024, 512, 256, 128)  # of the sum, at least a warp's 16-byte loads
+
+
+@triton.jit
+def add_up(parts, total, block, elements, splits, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """One block of the sum over splits, `LANES` of which are taken at once; `elements` are those of a split."""
+    index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    inside = index < elements
+    sums = tl.zeros((LANES, BLOCK), dtype=tl.float32)
+    for first in range(0, splits, LANES):
+        split = (first + tl.arange(0, LANES)).to(tl.int64)  # (LANES,)
+        places = parts + split[:, None] * elements + index[None, :]
+        sums += tl.load(places, mask=(split < splits)[:, None] & inside[None, :], other=0.0)
+    tl.store(total + index, tl.sum(sums, axis=0).to(total.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_kernel(
+    parts,  # (splits, elements)
+    total,  # (elements,)
+    bias_parts,  # (splits, outputs)
+    bias,  # (outputs,)
+    elements,
+    outputs,
+    splits,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The sum of parts, and that of the bias gradient's in programs behind it."""
+    block, blocks = tl.program_id(0), tl.cdiv(elements, BLOCK)
+    if block < blocks:
+        add_up(parts, total, block, elements, splits, BLOCK, LANES)
+    elif BIAS:
+        add_up(bias_parts, bias, block - blocks, outputs, splits, BLOCK, LANES)
 
 
 @triton.jit
@@ -67,10 +116,52 @@ def reduce_kernel(
         tl.store(places, product.to(weight_grad.dtype.element_ty), mask=inside[:, None] & (c < features)[None, :])
 
 
-def tiles_for(rows: int, features: int, second: int) -> list[Tile]:
+def sum_parts(
+    parts: torch.Tensor,
+    dtype: torch.dtype,
+    bias_parts: torch.Tensor | None = None,
+    bias_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Adds partial sums up in one launch, always in the same order.
+
+    Args:
+        parts: `(splits, ...)`, float32, contiguous.
+        dtype: dtype of the sum.
+        bias_parts: `(splits, O)`, float32, contiguous, to add up too.
+        bias_dtype: dtype of their sum, `dtype` where it is None.
+
+    Returns:
+        `(...)`; and `(O,)` or None.
+    """
+    splits = parts.shape[0]
+    total = parts.new_empty(parts.shape[1:], dtype=dtype)
+    bias = None if bias_parts is None else parts.new_empty(bias_parts.shape[1:], dtype=bias_dtype or dtype)
+    elements, outputs = total.numel(), 0 if bias is None else bias.numel()
+    block = next((size for size in SUM_BLOCKS if triton.cdiv(elements, size) >= PROGRAMS), SUM_BLOCKS[-1])
+    sum_kernel[(triton.cdiv(elements, block) + triton.cdiv(outputs, block),)](
+        parts,
+        total,
+        parts if bias_parts is None else bias_parts,
+        total if bias is None else bias,
+        elements,
+        outputs,
+        splits,
+        BIAS=bias is not None,
+        BLOCK=block,
+        LANES=min(triton.next_power_of_2(splits), SUM_ELEMENTS // block),
+        num_warps=SUM_WARPS,
+    )
+    return total, bias
+
+
+def tiles_for(rows: int, features: int, second: int, precision: str) -> list[Tile]:
     """Tiles for a padded rank, those first of which there are enough for a GPU."""
-    counts = [triton.cdiv(rows, tile.stream) * triton.cdiv(features, tile.sum) for tile in TILES]
-    return [tile for tile, count in zip(TILES, counts) if 2 * count >= PROGRAMS] or TILES[::-1]
+    tiles = TILES
+    if precision == "tf32x3":
+        tiles = [*TILES[:2], Tile(64, 32, 8, 2)] if has_wide_units() else []
+        tiles += TILES_OF_THREE[max(second, 128)]
+    counts = [triton.cdiv(rows, tile.stream) * triton.cdiv(features, tile.sum) for tile in tiles]
+    return [tile for tile, count in zip(tiles, counts) if 2 * count >= PROGRAMS] or tiles[::-1]
 
 
 def reduce_and_expand(
@@ -80,7 +171,7 @@ def reduce_and_expand(
     bias_parts: torch.Tensor | None = None,
     taps: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Launches the kernel; None where the GPU has no room for it.
+    """Launches the kernel, and before it one that adds many parts up; None where the GPU has no room for it.
 
     Args:
         parts: `(splits, O, padded rank)`, or with two padded taps between, float32, contiguous.
@@ -92,14 +183,18 @@ def reduce_and_expand(
     Returns:
         `(O, features)`, or `(O, features, *taps)`; and `(O,)` or None.
     """
-    parts = parts.contiguous()
+    bias_grad = None
+    if parts.shape[0] > MAX_EXPANDED_SPLITS:
+        total, bias_grad = sum_parts(parts, torch.float32, bias_parts, dtype)
+        parts, bias_parts = total.unsqueeze(0), None
+    elif bias_parts is not None:
+        bias_grad = parts.new_empty(bias_parts.shape[1], dtype=dtype)
     splits, outputs, *padded_taps, second = parts.shape
     features, precision = feature.shape[0], matmul_precision(dtype)
     weight_grad = parts.new_empty((outputs, features, *(taps or ())), dtype=dtype)
     height, width = taps or (1, 1)
     padded_height, padded_width = padded_taps or (1, 1)
     rows = outputs * height * width
-    bias_grad = None if bias_parts is None else parts.new_empty(outputs, dtype=dtype)
 
     def start(tile: Tile) -> tuple[torch.Tensor, torch.Tensor | None]:
         row_tiles = triton.cdiv(rows, tile.stream)
@@ -109,7 +204,7 @@ def reduce_and_expand(
             parts if bias_parts is None else bias_parts,
             kronecker([feature], torch.float32, second, precision),
             weight_grad,
-            parts if bias_grad is None else bias_grad,
+            weight_grad if bias_grad is None else bias_grad,
             outputs,
             features,
             splits,
@@ -118,7 +213,7 @@ def reduce_and_expand(
             WIDTH=width,
             TAPS_H=padded_height,
             TAPS_W=padded_width,
-            BIAS=bias_grad is not None,
+            BIAS=bias_parts is not None,
             D=second,
             ROWS=tile.stream,
             COLUMNS=tile.sum,
@@ -128,5 +223,5 @@ def reduce_and_expand(
         )
         return weight_grad, bias_grad
 
-    variant = (dtype, precision, bias_grad is not None, taps, tuple(padded_taps))
-    return launch_fitting("weight_grad, sums", (rows, features, second), variant, tiles_for, start)
+    variant = (dtype, bias_parts is not None, taps, tuple(padded_taps))
+    return launch_fitting("weight_grad, sums", (rows, features, second, precision), variant, tiles_for, start)

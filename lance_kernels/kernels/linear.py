@@ -27,7 +27,7 @@ from lance_kernels.kernels._common import (
     splits_for,
     stages_for,
 )
-from lance_kernels.kernels._reduction import reduce_and_expand
+from lance_kernels.kernels._reduction import reduce_and_expand, sum_parts
 from lance_kernels.ops.linear import (
     _check_weight_grad,
     _weight_bias_grad_reference,
@@ -186,8 +186,8 @@ def linear_weight_grads(
         return None
     sums, bias_sums = parts
     if feature is None:
-        bias_grad = bias_sums.sum(0).to(grad.dtype) if with_bias else None
-        return sums.sum(0)[:, :feature_rank].to(grad.dtype).contiguous(), bias_grad
+        total, bias_grad = sum_parts(sums, grad.dtype, bias_sums if with_bias else None)
+        return total[:, :feature_rank].contiguous(), bias_grad
     return reduce_and_expand(sums, feature, grad.dtype, bias_sums if with_bias else None)
 
 

@@ -31,6 +31,7 @@ from lance_kernels.kernels._common import (
     splits_for,
     stages_for,
 )
+from lance_kernels.kernels._reduction import sum_parts
 from lance_kernels.ops._checks import check_factors
 from lance_kernels.ops.tucker import Factors, _project_reference, mode_product
 
@@ -292,15 +293,14 @@ def _units(one: Pass, itemsize: int) -> tuple[int, int]:
     return 1, 1
 
 
-def _group_strides(one: Pass, out: torch.Tensor) -> list[int] | None:
-    """Strides of `out`, whose modes are those of `x`, by group; None where a group's modes do not merge."""
-    strides = []
+def _core_strides(one: Pass, sizes: Sequence[int]) -> list[int] | None:
+    """Strides of a contiguous core of these sizes by group; None where a group's modes do not merge."""
+    strides = [math.prod(sizes[mode + 1 :]) for mode in range(len(sizes))]
     for group in one.groups:
         for mode, faster in itertools.pairwise(group.modes):
-            if out.stride(mode) != out.stride(faster) * out.shape[faster]:
+            if strides[mode] != strides[faster] * sizes[faster]:
                 return None
-        strides.append(out.stride(group.modes[-1]))
-    return strides
+    return [strides[group.modes[-1]] for group in one.groups]
 
 
 def launch(
@@ -385,20 +385,22 @@ def tucker_project(x: torch.Tensor, factors: Factors) -> torch.Tensor:
     sizes = [ranks[mode] or size if mode in done else size for mode, size in enumerate(x.shape)]
 
     def start(tile: Tile) -> tuple[torch.Tensor, bool]:
-        """The core, or parts of it, and whether it is the core."""
+        """What the launch leaves, its parts added up, and whether it is the core."""
         splits = 1
         if one.two_sided:
             tiles, partial = triton.cdiv(streamed.size, tile.rows), 4 * math.prod(extents)
             splits = splits_for(matrices, tiles, partial, x.numel() * x.element_size())
-        if splits == 1 and not left:
-            core = x.new_empty(sizes)
-            strides = _group_strides(one, core)
-            if strides is not None:
-                launch(one, x, factors, core, strides, 1, 0, tile)
-                return core, True
-        parts = x.new_empty((splits, *extents), dtype=torch.float32)
-        launch(one, x, factors, parts, list(parts.stride()[1:]), splits, parts.stride(0), tile)
-        return parts, False
+        strides = None if left else _core_strides(one, sizes)
+        is_core = strides is not None
+        dtype = x.dtype if is_core else torch.float32  # of what is returned
+        shape = sizes if is_core else extents
+        if splits == 1:
+            whole = x.new_empty(shape, dtype=dtype)
+            launch(one, x, factors, whole, strides or list(whole.stride()), 1, 0, tile)
+            return whole, is_core
+        parts = x.new_empty((splits, *shape), dtype=torch.float32)
+        launch(one, x, factors, parts, strides or list(parts.stride()[1:]), splits, parts.stride(0), tile)
+        return sum_parts(parts, dtype)[0], is_core
 
     units = _units(one, x.element_size())
     shape = (first, second if one.two_sided else 0, streamed.size, summed.size, x.element_size(), max(units))
@@ -406,12 +408,11 @@ def tucker_project(x: torch.Tensor, factors: Factors) -> torch.Tensor:
     started = launch_fitting("tucker_project", shape, variant, tiles_for, start)
     if started is None:
         return _project_reference(x, factors)
-    parts, is_core = started
+    result, is_core = started
     if is_core:
-        return parts
+        return result
     order = [mode for group in one.groups for mode in group.modes]
-    wide = (parts.sum(0) if len(parts) > 1 else parts[0]).reshape([sizes[mode] for mode in order])
-    wide = wide.permute([order.index(mode) for mode in range(x.dim())])
+    wide = result.reshape([sizes[mode] for mode in order]).permute([order.index(mode) for mode in range(x.dim())])
     for mode, factor in sorted(left, key=lambda entry: entry[1].shape[1] / entry[1].shape[0]):
         wide = mode_product(wide, factor.float().mT, mode)
     return wide.to(x.dtype).contiguous()

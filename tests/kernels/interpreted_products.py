@@ -17,14 +17,14 @@ import triton.language as tl
 
 from lance_kernels.kernels import convolution_weight_grad, linear, tucker
 from lance_kernels.kernels._common import WORKSPACE_BYTES, WORKSPACE_SHARE, nearest, nearest_tf32
-from lance_kernels.kernels._reduction import reduce_and_expand
+from lance_kernels.kernels._reduction import MAX_EXPANDED_SPLITS, reduce_and_expand, sum_kernel, sum_parts
 from lance_kernels.ops.convolution import Geometry, output_size
 from lance_kernels.ops.convolution_weight_grad import _weight_grad
 from tests.kernels.strict import Launch, strict
 from tests.ops.tensors import assert_near, dense, lay_out, orthonormal
 
 Ranks = Sequence["int | None"]
-COUNTED = ("x", "first", "second", "grad", "factor", "rows", "columns", "core", "parts", "bias_parts")
+COUNTED = ("x", "first", "second", "grad", "factor", "rows", "columns", "core", "parts", "bias_parts", "total", "bias")
 NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which older mmap modules do not name
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -51,6 +51,13 @@ def assert_read_once(launch: Launch, argument: str, elements: int) -> None:
     assert counts.sum() == elements
 
 
+def assert_added_up(launches: list[Launch]) -> None:
+    """Where a launch of its own adds parts up, it reads each once, and no other launch reads them again."""
+    for launch in launches:
+        if launch.kernel == "sum_kernel":
+            assert_read_once(launch, "parts", launch.regions["parts"].span)
+
+
 def assert_workspace(launch: Launch, argument: str, streamed: torch.Tensor) -> None:
     bound = max(WORKSPACE_BYTES, WORKSPACE_SHARE * streamed.numel() * streamed.element_size())
     region = launch.regions[argument]
@@ -65,8 +72,9 @@ def project(shape: Sequence[int], ranks: Ranks, dtype: torch.dtype, layout: str 
     assert core.dtype == dtype
     assert_near(core, dense(x, factors), factor=2)
     if launches:
-        assert len(launches) == 1
+        assert [launch.kernel for launch in launches] in (["project_kernel"], ["project_kernel", "sum_kernel"])
         assert_read_once(launches[0], "x", x.numel())
+        assert_added_up(launches)
     return launches
 
 
@@ -88,6 +96,7 @@ def linear_grads(
         assert torch.equal(weight_grad, alone)
         assert_read_once(launches[0], "grad", grad.numel())
         assert_workspace(launches[0], "parts", grad)
+        assert_added_up(launches)
     return launches
 
 
@@ -117,6 +126,7 @@ def convolution_grad(
     if shifts:
         assert_read_once(launches[0], "grad", grad.numel())
         assert_workspace(launches[0], "parts", grad)
+        assert_added_up(launches)
     return launches
 
 
@@ -140,6 +150,50 @@ def check_projection() -> None:
     project((1, 4, 130, 150), (None, 2, 6, 16), FP32)
     assert not project((2, 5, 3), (None, 2, 2), torch.float64)
     assert not project((2, 0, 3), (None, None, 2), FP32)
+
+
+def check_sums() -> None:
+    """Every number of splits on either side of what is taken at once, odd sizes, and every size of a block."""
+    for splits, shape in (
+        *((splits, (3, 77)) for splits in (1, 2, 3, 5, 31, 32, 33, 70)),
+        (3, (270 * 128 + 1,)),
+        (2, (5, 61, 257)),
+        (5, (280 * 1024 - 3,)),
+        (2, (1,)),
+    ):
+        parts, bias_parts = torch.randn(splits, *shape), torch.randn(splits, 301)
+        for dtype, bias_dtype in ((FP32, BF16), (BF16, None), (FP16, FP32)):
+            results = []
+            for seed in (1, 2):
+                with strict(counted=COUNTED, seed=seed) as launches:
+                    total, bias = sum_parts(parts, dtype, bias_parts, bias_dtype)
+                    alone, none = sum_parts(parts, dtype)
+                results.append((total, bias))
+                assert none is None
+                assert torch.equal(alone, total)
+                assert_read_once(launches[0], "parts", parts.numel())
+                assert_read_once(launches[0], "bias_parts", bias_parts.numel())
+            assert total.dtype == dtype
+            assert bias.dtype == (bias_dtype or dtype)
+            assert_near(total, parts.double().sum(0))
+            assert_near(bias, bias_parts.double().sum(0))
+            assert all(torch.equal(left, right) for left, right in zip(*results))
+
+
+def check_expansion() -> None:
+    """Few parts are added up where they are expanded, more before."""
+    for splits in (1, 2, 3, 9):
+        for dtype in (BF16, FP32):
+            parts, feature = torch.randn(splits, 37, 16), rounded([orthonormal(50, 11, FP32)], BF16)[0]
+            bias_parts = torch.randn(splits, 37)
+            parts[..., 11:] = 0
+            with strict(counted=COUNTED) as launches:
+                weight_grad, bias_grad = reduce_and_expand(parts, feature, dtype, bias_parts)
+            names = ["reduce_kernel"] if splits <= MAX_EXPANDED_SPLITS else ["sum_kernel", "reduce_kernel"]
+            assert [launch.kernel for launch in launches] == names
+            assert_added_up(launches)
+            assert_near(weight_grad, parts.double().sum(0)[:, :11] @ feature.double().mT)
+            assert_near(bias_grad, bias_parts.double().sum(0))
 
 
 def check_rereads() -> None:
@@ -303,12 +357,21 @@ def check_far_offsets() -> None:
         wide = [None, None, *(factor.double() for factor in spatial[2:])]
         exact = _weight_grad(images.double(), kept.double(), wide, [40, 5, 3, 3], plain((3, 3)))
         assert_near(thin, exact, factor=500, terms=80)
+    memory = mmap.mmap(-1, 4 * (far + 128), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+    parts, total = torch.frombuffer(memory, dtype=FP32), torch.empty(128)
+    with torch.no_grad():
+        parts[:128], parts[far:] = torch.randn(128), torch.randn(128)
+    with strict():
+        sum_kernel[(1,)](parts, total, parts, total, far, 0, 2, BIAS=False, BLOCK=128, LANES=2)
+    assert torch.equal(total, parts[:128] + parts[far:])
 
 
 CHECKS = (
     check_projection,
     check_linear,
     check_convolution,
+    check_sums,
+    check_expansion,
     check_rereads,
     check_nearest,
     check_precision,

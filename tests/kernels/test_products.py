@@ -10,12 +10,12 @@ import torch
 from triton.runtime.autotuner import OutOfResources
 
 from lance_kernels.kernels import _common, convolution_weight_grad, linear, tucker
-from lance_kernels.kernels._reduction import reduce_and_expand
+from lance_kernels.kernels._reduction import MAX_EXPANDED_SPLITS, reduce_and_expand, sum_parts
 from lance_kernels.ops.convolution import Geometry, output_size
 from lance_kernels.ops.convolution_weight_grad import _reference
 from lance_kernels.ops.linear import _weight_grad_reference
 from lance_kernels.ops.tucker import _project_reference
-from tests.kernels.compiled import Compiled, aligned, compiling_for
+from tests.kernels.compiled import Compiled, aligned, assert_without_spills, compiling_for
 from tests.kernels.programs import interpreted
 
 BF16 = torch.bfloat16
@@ -36,7 +36,7 @@ def test_strict_interpreter_catches_what_it_should():
 
 
 def test_products_agree_with_float64_under_the_interpreter():
-    assert interpreted("interpreted_products") == "9 checks"
+    assert interpreted("interpreted_products") == "11 checks"
 
 
 def factors_for(shape, ranks):
@@ -64,6 +64,12 @@ def assert_good(compiled: Compiled, row_elements: int, streams: bool = True) -> 
     assert len(wide) >= len(compiled.load_bytes) / 4, (compiled.name, compiled.load_bytes)
 
 
+def assert_sums_well(compiled: Compiled) -> None:
+    assert compiled.name == "sum_kernel"
+    assert_without_spills([compiled], least_bytes=16)
+    assert set(compiled.load_bytes) == {16}
+
+
 @pytest.mark.parametrize(
     ("capability", "shape", "ranks", "channels_last"),
     [(90, *case) for case in PROJECTIONS] + [(80, *case) for case in PROJECTIONS[::3]],
@@ -83,8 +89,9 @@ def test_linear_weight_grad_compiles_well(capability, shape, ranks, outputs):
     grad = aligned((*shape[:-1], outputs), BF16)
     with compiling_for(capability) as compiled:
         linear.linear_weight_bias_grad(grad, core_for(shape, ranks), factors_for(shape, ranks))
-    stream, reduce = compiled
+    stream, add, reduce = compiled
     assert_good(stream, outputs)
+    assert_sums_well(add)
     assert_good(reduce, outputs, streams=False)
 
 
@@ -105,9 +112,37 @@ def test_convolution_weight_grad_compiles_well(capability, shape, ranks, outputs
     with compiling_for(capability) as compiled:
         parts = convolution_weight_grad.shifted_sums(grad, core_for(shape, ranks), factors[2:], weight, SAME)
         reduce_and_expand(parts, factors[1], BF16, taps=(3, 3))
-    stream, reduce = compiled
+    stream, *add, reduce = compiled
     assert_good(stream, outputs if channels_last else size[-1])
+    assert len(add) == (parts.shape[0] > MAX_EXPANDED_SPLITS)
+    for kernel in add:
+        assert_sums_well(kernel)
     assert_good(reduce, outputs, streams=False)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_gradients_are_expanded_without_spills(capability):
+    """Every padded rank, in one TF32 product and in three, large outputs and small ones."""
+    for dtype in (BF16, torch.float32):
+        for rank in (16, 64, 128, 256):
+            for outputs, features in ((4096, 4096), (768, 192)):
+                parts, bias_parts = aligned((1, outputs, rank), torch.float32), aligned((1, outputs), torch.float32)
+                with compiling_for(capability) as compiled:
+                    reduce_and_expand(parts, torch.zeros(features, rank), dtype, bias_parts)
+                assert_without_spills(compiled, least_bytes=8)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("splits", [3, 8, 44])
+@pytest.mark.parametrize("elements", [4096 * 128, 1024 * 64, 1008])
+def test_sums_compile_well(capability, splits, elements):
+    parts, bias_parts = aligned((splits, elements), torch.float32), aligned((splits, 768), torch.float32)
+    with compiling_for(capability) as compiled:
+        sum_parts(parts, torch.float32, bias_parts, BF16)
+        sum_parts(parts, BF16)
+    assert len(compiled) == 2
+    for kernel in compiled:
+        assert_sums_well(kernel)
 
 
 @pytest.mark.parametrize("capability", [90, 100])
@@ -123,7 +158,10 @@ def test_other_launches_compile(capability):
             ranks = (None, token, 64)
             grad = aligned(shape, BF16)
             linear.linear_weight_bias_grad(grad, core_for(shape, ranks), factors_for(shape, ranks))
-    assert len(compiled) == (7 if capability == 90 else 4)
+    projections, gradients = (3, 2) if capability == 90 else (2, 1)
+    expected = ["project_kernel", *["project_kernel", "sum_kernel"] * (projections - 1)]
+    expected += ["weight_grad_kernel", "sum_kernel", "reduce_kernel"] * gradients
+    assert [kernel.name for kernel in compiled] == expected
     for kernel in compiled:
         assert len(kernel.binary.asm["cubin"]) > 0
         if capability == 90:
@@ -151,7 +189,7 @@ def test_tiles_fit_the_shared_memory(capability):
                 grad = aligned((*shape[:2], 64), dtype)
                 assert linear.linear_weight_grads(grad, core, factors, with_bias=True) is not None
                 tucker.tucker_project(aligned(shape, dtype), factors)
-    assert len(compiled) == 4 + 2 * 2 * 3
+    assert len(compiled) == 4 + 2 * 2 * 4
 
 
 def test_what_fits_no_gpu_takes_the_reference(monkeypatch):
