@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,10 +11,15 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_NUMBER = 2**31 - 1
 
 
-def check(condition: bool, message: str) -> None:
-    """Raises `RuntimeError(message)` unless `condition` holds, as PyTorch's own operators do."""
+def check(condition: bool, message: str | Callable[[], str]) -> None:
+    """Raises `RuntimeError(message)` unless `condition` holds, as PyTorch's own operators do.
+
+    Args:
+        condition: what has to hold.
+        message: what is said otherwise; a function, called only then, where a call of an operator pays for its words.
+    """
     if not condition:
-        raise RuntimeError(message)
+        raise RuntimeError(message if isinstance(message, str) else message())
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,7 +31,9 @@ def check_floating(operator: str, argument: str, tensor: torch.Tensor) -> None:
     """Refuses a tensor that is not float32, float64, bfloat16 or float16."""
     check(
         tensor.dtype in FLOATING,
-        f"lance::{operator}: {argument} has dtype {tensor.dtype}; expected float32, float64, bfloat16 or float16",
+        lambda: (
+            f"lance::{operator}: {argument} has dtype {tensor.dtype}; expected float32, float64, bfloat16 or float16"
+        ),
     )
 
 
@@ -48,47 +55,51 @@ def check_factors(
     check_floating(operator, argument, tensor)
     check(
         len(factors) == tensor.dim(),
-        f"lance::{operator}: factors has {len(factors)} entries; expected one a mode of {argument}, "
-        f"whose shape is {tuple(tensor.shape)}",
+        lambda: (
+            f"lance::{operator}: factors has {len(factors)} entries; expected one a mode of {argument}, "
+            f"whose shape is {tuple(tensor.shape)}"
+        ),
     )
     for mode, factor in enumerate(factors):
         if factor is None:
             continue
+        shape = factor.shape
         check_floating(operator, f"factors[{mode}]", factor)
-        check(
-            factor.dim() == 2 and factor.shape[1] > 0,
-            f"lance::{operator}: factors[{mode}] has shape {tuple(factor.shape)}; expected (size, rank) with rank >= 1",
-        )
-        check(
-            factor.shape[side] == tensor.shape[mode],
-            f"lance::{operator}: factors[{mode}] has shape {tuple(factor.shape)}; expected its "
-            f"{'rank' if side else 'size'} to be that of mode {mode} of {argument}, whose shape is "
-            f"{tuple(tensor.shape)}",
-        )
-        check(
-            factor.device == tensor.device,
-            f"lance::{operator}: factors[{mode}] is on {factor.device}; expected {tensor.device}, where {argument} is",
-        )
+        if len(shape) != 2 or shape[1] < 1:
+            raise RuntimeError(
+                f"lance::{operator}: factors[{mode}] has shape {tuple(shape)}; expected (size, rank) with rank >= 1"
+            )
+        if shape[side] != tensor.shape[mode]:
+            raise RuntimeError(
+                f"lance::{operator}: factors[{mode}] has shape {tuple(shape)}; expected its "
+                f"{'rank' if side else 'size'} to be that of mode {mode} of {argument}, whose shape is "
+                f"{tuple(tensor.shape)}"
+            )
+        if factor.device != tensor.device:
+            raise RuntimeError(
+                f"lance::{operator}: factors[{mode}] is on {factor.device}; expected {tensor.device}, where {argument} "
+                "is"
+            )
 
 
 def check_same(operator: str, first: torch.Tensor, others: Sequence[tuple[str, torch.Tensor | None]]) -> None:
     """Refuses tensors whose dtype or device is not that of the operator's first argument."""
     for argument, tensor in others:
-        if tensor is None:
-            continue
-        check(
-            tensor.dtype == first.dtype and tensor.device == first.device,
-            f"lance::{operator}: {argument} is {tensor.dtype} on {tensor.device}; expected {first.dtype} on "
-            f"{first.device}, as the first argument",
-        )
+        if tensor is not None and (tensor.dtype != first.dtype or tensor.device != first.device):
+            raise RuntimeError(
+                f"lance::{operator}: {argument} is {tensor.dtype} on {tensor.device}; expected {first.dtype} on "
+                f"{first.device}, as the first argument"
+            )
 
 
 def check_not_expanded(operator: str, argument: str, tensor: torch.Tensor) -> None:
     """Refuses to add to a tensor of which several entries lie in one place."""
     check(
         all(size < 2 or stride != 0 for size, stride in zip(tensor.shape, tensor.stride())),
-        f"lance::{operator}: {argument} has strides {list(tensor.stride())}; expected a place for each entry, none "
-        "expanded",
+        lambda: (
+            f"lance::{operator}: {argument} has strides {list(tensor.stride())}; expected a place for each entry, none "
+            "expanded"
+        ),
     )
 
 

@@ -62,6 +62,8 @@ def check_order(operator: str, x: torch.Tensor, order: Sequence[int]) -> None:
     """Refuses an order that is no permutation of the dimensions of `x`."""
     check(
         sorted(order) == list(range(x.dim())),
-        f"lance::{operator}: order is {list(order)}; expected a permutation of the {x.dim()} dimensions of a tensor of "
-        f"shape {tuple(x.shape)}",
+        lambda: (
+            f"lance::{operator}: order is {list(order)}; expected a permutation of the {x.dim()} dimensions of a "
+            f"tensor of shape {tuple(x.shape)}"
+        ),
     )

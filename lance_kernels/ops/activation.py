@@ -168,8 +168,8 @@ def derivative_bound(kind: str, bits: int) -> float:
 def check_kind(operator: str, tensor: torch.Tensor, kind: str, bits: int) -> None:
     """Refuses a dtype, kind or number of bits that there is not."""
     check_floating(operator, "x" if operator != "activation_grad" else "grad", tensor)
-    check(kind in KINDS, f"lance::{operator}: kind is {kind!r}; expected one of {', '.join(KINDS)}")
-    check(bits in (4, 8), f"lance::{operator}: bits is {bits}; expected 8 or 4")
+    check(kind in KINDS, lambda: f"lance::{operator}: kind is {kind!r}; expected one of {', '.join(KINDS)}")
+    check(bits in (4, 8), lambda: f"lance::{operator}: bits is {bits}; expected 8 or 4")
 
 
 def derivative_codes(x: torch.Tensor, kind: str, bits: int) -> torch.Tensor:
@@ -235,8 +235,10 @@ def check_codes(grad: torch.Tensor, codes: torch.Tensor, kind: str, bits: int, o
     check_order("activation_grad", grad, order)
     check(
         codes.dtype == torch.uint8 and codes.dim() == 1 and codes.shape[0] == code_bytes(grad, bits),
-        f"lance::activation_grad: codes has dtype {codes.dtype} and shape {tuple(codes.shape)}; expected torch.uint8 "
-        f"and {(code_bytes(grad, bits),)}, {bits} bits an element of {tuple(grad.shape)}",
+        lambda: (
+            f"lance::activation_grad: codes has dtype {codes.dtype} and shape {tuple(codes.shape)}; expected "
+            f"torch.uint8 and {(code_bytes(grad, bits),)}, {bits} bits an element of {tuple(grad.shape)}"
+        ),
     )
 
 

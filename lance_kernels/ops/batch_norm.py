@@ -87,20 +87,21 @@ def batch_norm_relu_frozen(
 
 def check_batch_norm(operator: str, x: torch.Tensor, *vectors: torch.Tensor | None) -> None:
     check_floating(operator, "x", x)
-    check(x.dim() >= 2, f"lance::{operator}: x has shape {tuple(x.shape)}; expected (B, C, ...)")
+    check(x.dim() >= 2, lambda: f"lance::{operator}: x has shape {tuple(x.shape)}; expected (B, C, ...)")
     for name, vector in zip(("weight", "bias", "mean", "var"), vectors):
-        if vector is not None:
-            check_floating(operator, name, vector)
-        check(
-            vector is None or (vector.dim() == 1 and vector.shape[0] == x.shape[1]),
-            f"lance::{operator}: {name} has shape {None if vector is None else tuple(vector.shape)}; expected "
-            f"({x.shape[1]},), the channels of x, whose shape is {tuple(x.shape)}",
-        )
+        if vector is None:
+            continue
+        check_floating(operator, name, vector)
+        if vector.dim() != 1 or vector.shape[0] != x.shape[1]:
+            raise RuntimeError(
+                f"lance::{operator}: {name} has shape {tuple(vector.shape)}; expected ({x.shape[1]},), the channels of "
+                f"x, whose shape is {tuple(x.shape)}"
+            )
 
 
 def _check_numbers(operator: str, eps: float, high: float | None = None) -> None:
-    check(eps > 0, f"lance::{operator}: eps is {eps}; expected a positive number")
-    check(high is None or high >= 0, f"lance::{operator}: high is {high}; expected at least 0, or None")
+    check(eps > 0, lambda: f"lance::{operator}: eps is {eps}; expected a positive number")
+    check(high is None or high >= 0, lambda: f"lance::{operator}: high is {high}; expected at least 0, or None")
 
 
 def _check_dtypes(operator: str, x: torch.Tensor, *vectors: torch.Tensor | None) -> None:
@@ -108,17 +109,17 @@ def _check_dtypes(operator: str, x: torch.Tensor, *vectors: torch.Tensor | None)
     dtypes = {vector.dtype for vector in vectors if vector is not None}
     check(
         len(dtypes) == 1 and dtypes <= {x.dtype, accumulation_dtype(x.dtype)},
-        f"lance::{operator}: weight, bias, mean and var have {sorted(map(str, dtypes))}; expected one dtype, {x.dtype} "
-        f"or {accumulation_dtype(x.dtype)}, for x of {x.dtype}",
+        lambda: (
+            f"lance::{operator}: weight, bias, mean and var have {sorted(map(str, dtypes))}; expected one dtype, "
+            f"{x.dtype} or {accumulation_dtype(x.dtype)}, for x of {x.dtype}"
+        ),
     )
 
 
 def _check_frozen(operator: str, *vectors: torch.Tensor | None) -> None:
     for name, vector in zip(("weight", "bias", "mean", "var"), vectors):
-        check(
-            vector is None or not vector.requires_grad,
-            f"lance::{operator}: {name} requires a gradient; expected a frozen one",
-        )
+        if vector is not None and vector.requires_grad:
+            raise RuntimeError(f"lance::{operator}: {name} requires a gradient; expected a frozen one")
 
 
 def per_channel(vector: torch.Tensor, dim: int) -> torch.Tensor:

@@ -91,46 +91,58 @@ def check_geometry(
     dimensions = len(input_size) - 2
     check(
         1 <= dimensions <= 3 and len(weight_size) == dimensions + 2,
-        f"lance::{operator}: weight has size {tuple(weight_size)} and the input {tuple(input_size)}; expected "
-        "(O, C / groups, *kernel) and (B, C, *spatial) with one to three spatial modes",
+        lambda: (
+            f"lance::{operator}: weight has size {tuple(weight_size)} and the input {tuple(input_size)}; expected "
+            "(O, C / groups, *kernel) and (B, C, *spatial) with one to three spatial modes"
+        ),
     )
     for argument, values in (("stride", geometry.stride), ("dilation", geometry.dilation)):
-        check(
-            len(values) == dimensions and all(1 <= value <= MOST_NUMBER for value in values),
-            f"lance::{operator}: {argument} is {list(values)}; expected {dimensions} numbers from 1 to {MOST_NUMBER}",
-        )
+        if len(values) != dimensions or not all(1 <= value <= MOST_NUMBER for value in values):
+            raise RuntimeError(
+                f"lance::{operator}: {argument} is {list(values)}; expected {dimensions} numbers from 1 to "
+                f"{MOST_NUMBER}"
+            )
     check(
         len(geometry.padding) in (dimensions, 2 * dimensions)
         and all(0 <= value <= MOST_NUMBER for value in geometry.padding),
-        f"lance::{operator}: padding is {list(geometry.padding)}; expected {dimensions} or {2 * dimensions} numbers "
-        f"from 0 to {MOST_NUMBER}",
+        lambda: (
+            f"lance::{operator}: padding is {list(geometry.padding)}; expected {dimensions} or {2 * dimensions} "
+            f"numbers from 0 to {MOST_NUMBER}"
+        ),
     )
     check(
         geometry.padding_mode in MODES,
-        f"lance::{operator}: padding_mode is {geometry.padding_mode!r}; expected one of {', '.join(MODES)}",
+        lambda: f"lance::{operator}: padding_mode is {geometry.padding_mode!r}; expected one of {', '.join(MODES)}",
     )
     check(
         geometry.groups >= 1
         and weight_size[0] % geometry.groups == 0
         and input_size[1] == weight_size[1] * geometry.groups,
-        f"lance::{operator}: weight has size {tuple(weight_size)}, the input {tuple(input_size)} and groups is "
-        f"{geometry.groups}; expected C = weight's second size times groups, and O a multiple of groups",
+        lambda: (
+            f"lance::{operator}: weight has size {tuple(weight_size)}, the input {tuple(input_size)} and groups is "
+            f"{geometry.groups}; expected C = weight's second size times groups, and O a multiple of groups"
+        ),
     )
     pairs = pad_pairs(geometry.padding, dimensions)
     limits = {"zeros": None, "replicate": None, "reflect": -1, "circular": 0}
     limit = limits[geometry.padding_mode]
-    for size, pair in zip(input_size[2:], pairs):
-        check(
-            limit is None or max(pair) <= size + limit,
+    check(
+        limit is None or all(max(pair) <= size + limit for size, pair in zip(input_size[2:], pairs)),
+        lambda: (
             f"lance::{operator}: padding {list(geometry.padding)} is too large for {geometry.padding_mode} padding of "
-            f"an input of size {tuple(input_size)}",
-        )
-    for size, kernel, pair, dilation in zip(input_size[2:], weight_size[2:], pairs, geometry.dilation):
-        check(
-            kernel >= 1 and size + sum(pair) >= dilation * (kernel - 1) + 1,
+            f"an input of size {tuple(input_size)}"
+        ),
+    )
+    check(
+        all(
+            kernel >= 1 and size + sum(pair) >= dilation * (kernel - 1) + 1
+            for size, kernel, pair, dilation in zip(input_size[2:], weight_size[2:], pairs, geometry.dilation)
+        ),
+        lambda: (
             f"lance::{operator}: weight has size {tuple(weight_size)}, larger than the padded input of size "
-            f"{tuple(input_size)} with padding {list(geometry.padding)} and dilation {list(geometry.dilation)}",
-        )
+            f"{tuple(input_size)} with padding {list(geometry.padding)} and dilation {list(geometry.dilation)}"
+        ),
+    )
     return pairs
 
 
@@ -153,8 +165,10 @@ def _check_convolution(
     pairs = check_geometry("convolution", x.shape, weight.shape, geometry)
     check(
         bias is None or (bias.dim() == 1 and bias.shape[0] == weight.shape[0]),
-        f"lance::convolution: bias has shape {None if bias is None else tuple(bias.shape)}; expected "
-        f"({weight.shape[0]},)",
+        lambda: (
+            f"lance::convolution: bias has shape {None if bias is None else tuple(bias.shape)}; expected "
+            f"({weight.shape[0]},)"
+        ),
     )
     check_same("convolution", x, (("weight", weight), ("bias", bias)))
     return pairs

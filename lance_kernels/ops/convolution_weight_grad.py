@@ -75,8 +75,10 @@ def _check(
     expected = output_size(input_size, weight_size, geometry)
     check(
         list(grad_output.shape) == expected,
-        f"lance::convolution_weight_grad: grad_output has shape {tuple(grad_output.shape)}; expected {tuple(expected)} "
-        f"for an input of size {tuple(input_size)} and weight_size {tuple(weight_size)}",
+        lambda: (
+            f"lance::convolution_weight_grad: grad_output has shape {tuple(grad_output.shape)}; expected "
+            f"{tuple(expected)} for an input of size {tuple(input_size)} and weight_size {tuple(weight_size)}"
+        ),
     )
     check_same("convolution_weight_grad", grad_output, (("core", core),))
 

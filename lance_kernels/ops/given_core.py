@@ -128,8 +128,10 @@ def _check_core(
     expected, dtype = ([packed_bytes(size, core_bits)], torch.uint8) if core_bits else (size, x.dtype)
     check(
         list(core.shape) == expected and core.dtype == dtype and core.device == x.device,
-        f"lance::{operator}: core is {core.dtype} of shape {tuple(core.shape)} on {core.device}; expected {dtype} of "
-        f"shape {tuple(expected)} on {x.device} for x of shape {tuple(x.shape)} and core_bits {core_bits}",
+        lambda: (
+            f"lance::{operator}: core is {core.dtype} of shape {tuple(core.shape)} on {core.device}; expected {dtype} "
+            f"of shape {tuple(expected)} on {x.device} for x of shape {tuple(x.shape)} and core_bits {core_bits}"
+        ),
     )
 
 

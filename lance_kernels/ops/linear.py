@@ -88,12 +88,17 @@ def _check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     check_factors("linear", "x", x, factors, side=0)
     check(
         weight.dim() == 2 and x.dim() > 0 and weight.shape[1] == x.shape[-1],
-        f"lance::linear: weight has shape {tuple(weight.shape)}; expected (O, D) with D that of x, whose shape is "
-        f"{tuple(x.shape)}",
+        lambda: (
+            f"lance::linear: weight has shape {tuple(weight.shape)}; expected (O, D) with D that of x, whose shape is "
+            f"{tuple(x.shape)}"
+        ),
     )
     check(
         bias is None or (bias.dim() == 1 and bias.shape[0] == weight.shape[0]),
-        f"lance::linear: bias has shape {None if bias is None else tuple(bias.shape)}; expected ({weight.shape[0]},)",
+        lambda: (
+            f"lance::linear: bias has shape {None if bias is None else tuple(bias.shape)}; expected "
+            f"({weight.shape[0]},)"
+        ),
     )
     check_same("linear", x, (("weight", weight), ("bias", bias)))
 
@@ -205,9 +210,11 @@ def check_lengths(
         and not (core_lengths.is_floating_point() or core_lengths.is_complex() or core_lengths.dtype == torch.bool)
         and core_lengths.device == x.device
         and 0 <= core_count <= math.prod(size[1:]),
-        f"lance::{operator}: core_lengths is {core_lengths.dtype} of shape {tuple(core_lengths.shape)} on "
-        f"{core_lengths.device} and core_count {core_count}; expected integers of shape {tuple(size[1:-1])} on "
-        f"{x.device} that sum to core_count, for a core of shape {tuple(size)} with two modes or more",
+        lambda: (
+            f"lance::{operator}: core_lengths is {core_lengths.dtype} of shape {tuple(core_lengths.shape)} on "
+            f"{core_lengths.device} and core_count {core_count}; expected integers of shape {tuple(size[1:-1])} on "
+            f"{x.device} that sum to core_count, for a core of shape {tuple(size)} with two modes or more"
+        ),
     )
 
 
@@ -319,8 +326,10 @@ def _check_weight_grad(grad_output: torch.Tensor, core: torch.Tensor, factors: F
     leading = [size if factor is None else factor.shape[0] for size, factor in zip(core.shape, factors)][:-1]
     check(
         core.dim() > 0 and grad_output.dim() == core.dim() and list(grad_output.shape[:-1]) == leading,
-        f"lance::linear_weight_grad: grad_output has shape {tuple(grad_output.shape)}; expected ({leading}, O), the "
-        f"input's leading modes as core, of shape {tuple(core.shape)}, and factors give them",
+        lambda: (
+            f"lance::linear_weight_grad: grad_output has shape {tuple(grad_output.shape)}; expected ({leading}, O), "
+            f"the input's leading modes as core, of shape {tuple(core.shape)}, and factors give them"
+        ),
     )
 
 

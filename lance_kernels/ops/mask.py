@@ -100,7 +100,7 @@ def check_bounds(operator: str, x: torch.Tensor, low: float | None, high: float 
     check_floating(operator, "x", x)
     check(
         low is None or high is None or low <= high,
-        f"lance::{operator}: low is {low} and high {high}; expected low to be at most high",
+        lambda: f"lance::{operator}: low is {low} and high {high}; expected low to be at most high",
     )
 
 
@@ -135,7 +135,7 @@ def unpack_bits(mask: torch.Tensor, numel: int) -> torch.Tensor:
 def check_bits(bits: torch.Tensor, order: Sequence[int]) -> None:
     """Refuses bits that are not bool, and an order that does not fit them."""
     check_order("pack_mask", bits, order)
-    check(bits.dtype == torch.bool, f"lance::pack_mask: bits has dtype {bits.dtype}; expected torch.bool")
+    check(bits.dtype == torch.bool, lambda: f"lance::pack_mask: bits has dtype {bits.dtype}; expected torch.bool")
 
 
 def pack_mask_reference(bits: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
@@ -153,8 +153,10 @@ def check_mask(operator: str, mask: torch.Tensor, x: torch.Tensor) -> None:
     """Refuses a mask that does not hold one bit an element of `x`."""
     check(
         mask.dtype == torch.uint8 and mask.dim() == 1 and mask.shape[0] == (x.numel() + 7) // 8,
-        f"lance::{operator}: mask has dtype {mask.dtype} and shape {tuple(mask.shape)}; expected torch.uint8 and "
-        f"{((x.numel() + 7) // 8,)}, one bit an element of {tuple(x.shape)}",
+        lambda: (
+            f"lance::{operator}: mask has dtype {mask.dtype} and shape {tuple(mask.shape)}; expected torch.uint8 and "
+            f"{((x.numel() + 7) // 8,)}, one bit an element of {tuple(x.shape)}"
+        ),
     )
 
 

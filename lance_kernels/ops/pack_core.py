@@ -126,7 +126,7 @@ def buffer_parts(packed: torch.Tensor, count: int, bits: int) -> tuple[torch.Ten
 
 def check_bits(operator: str, bits: int) -> None:
     """Refuses a number of bits that no packed core has."""
-    check(bits in BITS, f"lance::{operator}: bits is {bits}; expected 8, 4, 2 or 1")
+    check(bits in BITS, lambda: f"lance::{operator}: bits is {bits}; expected 8, 4, 2 or 1")
 
 
 @cache
@@ -185,16 +185,26 @@ def _pack_fake(core: torch.Tensor, bits: int) -> torch.Tensor:
 def check_packed(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: torch.dtype) -> None:
     """Refuses a buffer that is no packed core of shape `size`, or a dtype that no core has."""
     check_bits("unpack_core", bits)
-    check(dtype in FLOATING, f"lance::unpack_core: dtype is {dtype}; expected float32, float64, bfloat16 or float16")
+    check(
+        dtype in FLOATING,
+        lambda: f"lance::unpack_core: dtype is {dtype}; expected float32, float64, bfloat16 or float16",
+    )
     check(
         packed.dtype == torch.uint8 and packed.dim() == 1,
-        f"lance::unpack_core: packed is {packed.dtype} of shape {tuple(packed.shape)}; expected a flat uint8 buffer",
+        lambda: (
+            f"lance::unpack_core: packed is {packed.dtype} of shape {tuple(packed.shape)}; expected a flat uint8 buffer"
+        ),
     )
-    check(all(extent >= 0 for extent in size), f"lance::unpack_core: size is {tuple(size)}; expected no negative entry")
+    check(
+        all(extent >= 0 for extent in size),
+        lambda: f"lance::unpack_core: size is {tuple(size)}; expected no negative entry",
+    )
     check(
         packed.shape[0] == packed_bytes(size, bits),
-        f"lance::unpack_core: packed has {packed.shape[0]} bytes; expected {packed_bytes(size, bits)} for size "
-        f"{tuple(size)} in {bits} bits",
+        lambda: (
+            f"lance::unpack_core: packed has {packed.shape[0]} bytes; expected {packed_bytes(size, bits)} for size "
+            f"{tuple(size)} in {bits} bits"
+        ),
     )
 
 
