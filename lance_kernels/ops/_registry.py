@@ -66,17 +66,21 @@ def register_triton(name: str, file: str | None = None) -> None:
     Without Triton, CUDA tensors take the reference.
 
     Args:
-        name: the operator's name in the `lance` namespace, and the launcher's.
+        name: the operator's name in the `lance` namespace, and the launcher's; its first argument is a tensor.
         file: the kernel file's name, by default the operator's.
     """
     if importlib.util.find_spec("triton") is None:
         return
 
-    def kernel(*args: Any) -> Any:
-        launcher = getattr(importlib.import_module(f"lance_kernels.kernels.{file or name}"), name)
+    @functools.cache
+    def launcher() -> Kernel:
+        found: Kernel = getattr(importlib.import_module(f"lance_kernels.kernels.{file or name}"), name)
+        return found
+
+    def kernel(first: torch.Tensor, *args: Any) -> Any:
         # Triton launches on the current device, whichever the tensors are on.
-        with torch.cuda.device(next(arg.device for arg in args if isinstance(arg, torch.Tensor))):
-            return launcher(*args)
+        with torch.cuda.device(first.device.index):
+            return launcher()(first, *args)
 
     LIBRARY.impl(name, _on_one_device(name, kernel), "CUDA")
 
@@ -86,8 +90,7 @@ def _on_one_device(name: str, kernel: Kernel) -> Kernel:
     operator = f"lance::{name}"
     names = [argument.name for argument in torch._C._jit_get_schemas_for_operator(operator)[0].arguments]
 
-    @functools.wraps(kernel)
-    def on_one_device(*args: Any, **kwargs: Any) -> Any:
+    def refuse(*args: Any, **kwargs: Any) -> None:
         first: tuple[str, torch.device] | None = None
         for argument, value in (*zip(names, args), *kwargs.items()):
             many = isinstance(value, (list, tuple))
@@ -96,10 +99,16 @@ def _on_one_device(name: str, kernel: Kernel) -> Kernel:
                     continue
                 place = f"{argument}[{index}]" if many else argument
                 first = first or (place, tensor.device)
-                check(
-                    tensor.device == first[1],
-                    f"{operator}: {place} is on {tensor.device}; expected {first[1]}, where {first[0]} is",
-                )
+                if tensor.device != first[1]:
+                    raise RuntimeError(
+                        f"{operator}: {place} is on {tensor.device}; expected {first[1]}, where {first[0]} is"
+                    )
+
+    @functools.wraps(kernel)
+    def on_one_device(*args: Any, **kwargs: Any) -> Any:
+        tensors = tensors_of((*args, *kwargs.values()))
+        if any(tensor.device != tensors[0].device for tensor in tensors):
+            refuse(*args, **kwargs)
         return kernel(*args, **kwargs)
 
     return on_one_device
@@ -181,6 +190,17 @@ def once_differentiable(name: str) -> Callable[[Kernel], Kernel]:
     return decorate
 
 
+def tensors_of(args: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors among an operator's arguments, those in its lists too."""
+    tensors = []
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif isinstance(value, (list, tuple)):
+            tensors += _tensors(value)
+    return tensors
+
+
 def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
     return [value for value in values if isinstance(value, torch.Tensor)]
 
@@ -236,7 +256,7 @@ def not_differentiable(name: str) -> Kernel:
             raise RuntimeError(f"lance::{name} has no derivative; detach its inputs or call it under torch.no_grad()")
 
     def kernel(*args: Any) -> Any:
-        tensors = _tensors(torch.utils._pytree.tree_leaves(args))
+        tensors = tensors_of(args)
         if needs_grad(*tensors):
             return apply(Refuse, args, *tensors)
         with below_autograd():

@@ -8,13 +8,13 @@ Decompositions and Applications", SIAM Review 2009), `core = x x_0 U_0^T ... x_{
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from lance_kernels.ops._checks import accumulation_dtype, check, check_factors, factors_require_grad
-from lance_kernels.ops._registry import apply, below_autograd, define, register_triton
+from lance_kernels.ops._registry import apply, below_autograd, define, needs_grad, register_triton
 
 Factors = Sequence[torch.Tensor | None]
 
@@ -116,11 +116,14 @@ class _Reconstruct(torch.autograd.Function):
         return tucker_project(grad, ctx.saved_tensors), *[None] * len(ctx.saved_tensors)
 
 
-def _autograd(function: type[torch.autograd.Function]) -> Any:
+def _autograd(function: type[torch.autograd.Function], below: Callable[..., torch.Tensor]) -> Any:
     def kernel(tensor: torch.Tensor, factors: Factors) -> torch.Tensor:
         check(not factors_require_grad(factors), "lance: factors require a gradient; expected fixed factors")
-        result: torch.Tensor = apply(function, tensor, *factors)
-        return result
+        if needs_grad(tensor, *factors):
+            result: torch.Tensor = apply(function, tensor, *factors)
+            return result
+        with below_autograd():
+            return below(tensor, factors)
 
     return kernel
 
@@ -151,7 +154,7 @@ define(
     "tucker_project(Tensor x, Tensor?[] factors) -> Tensor",
     reference=_project_reference,
     fake=_project_fake,
-    autograd=_autograd(_Project),
+    autograd=_autograd(_Project, tucker_project),
     flops=_flops(side=1),
     tags=(torch.Tag.flexible_layout,),
 )
@@ -159,7 +162,7 @@ define(
     "tucker_reconstruct(Tensor core, Tensor?[] factors) -> Tensor",
     reference=_reconstruct_reference,
     fake=_reconstruct_fake,
-    autograd=_autograd(_Reconstruct),
+    autograd=_autograd(_Reconstruct, tucker_reconstruct),
     flops=_flops(side=0),
 )
 register_triton("tucker_project", "tucker")

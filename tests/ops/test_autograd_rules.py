@@ -50,6 +50,9 @@ CALLS = {
         x, torch.ones(3, 4, 3, 3), None, [1], [0], [1], False, [0], 1
     ),
     "linear": lambda x: lance.linear(x, torch.ones(2, 6), None, [None] * 4)[0],
+    "tucker_project": lambda x: lance.tucker_project(x, [None] * 4),
+    "tucker_reconstruct": lambda x: lance.tucker_reconstruct(x, [None] * 4),
+    "tucker_project, factor": lambda x: lance.tucker_project(torch.ones(6, 6), [None, x[0, 0]]),
     "mode_gram": lambda x: lance.mode_gram(x, 1),
     "gram_eigh": lambda x: lance.gram_eigh(x[0, 0])[0],
 }
