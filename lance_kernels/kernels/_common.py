@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -101,7 +102,12 @@ def launch_fitting(
 
 def capability() -> int:
     """Compute capability, times ten, of the GPU that kernels are compiled for; Hopper's for the interpreter."""
-    return 90 if triton.knobs.runtime.interpret else int(driver.active.get_current_target().arch)
+    return 90 if triton.knobs.runtime.interpret else _capability(driver.active.get_current_device())
+
+
+@functools.cache
+def _capability(device: int) -> int:
+    return int(driver.active.get_current_target().arch)
 
 
 def has_wide_units() -> bool:
@@ -143,6 +149,11 @@ def stages_for(stage_bytes: int, other_bytes: int = 0) -> int:
     return max(2, min(4, room // stage_bytes))
 
 
+def cdiv(size: int, block: int) -> int:
+    """Blocks that cover `size`; `triton.cdiv`, made for kernels too, takes ten times as long."""
+    return -(-size // block)
+
+
 def power_of_two(size: int) -> int:
     """The least power of two that is not below `size` and `MIN_SIDE`."""
     return max(MIN_SIDE, 1 << (size - 1).bit_length())
@@ -158,18 +169,18 @@ def alignment(itemsize: int, *extents: int) -> int:
 
 def matmul_precision(dtype: torch.dtype) -> str:
     """Triton's name of the precision that PyTorch allows products of `dtype`."""
-    return _precision(dtype, torch.backends.cuda.matmul.fp32_precision)
+    return _precision(dtype, torch.backends.cuda.matmul)
 
 
 def convolution_precision(dtype: torch.dtype) -> str:
     """The same for convolutions."""
-    return _precision(dtype, torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
+    return _precision(dtype, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
 
 
-def _precision(dtype: torch.dtype, allowed: str) -> str:
+def _precision(dtype: torch.dtype, products: Any) -> str:
     # Sums of 16-bit products are multiplied on in float32: TF32 has the mantissa of float16, and bits to spare for
     # bfloat16.
-    tf32 = allowed == "tf32" if dtype == torch.float32 else dtype == torch.bfloat16
+    tf32 = products.fp32_precision == "tf32" if dtype == torch.float32 else dtype == torch.bfloat16
     return "tf32" if tf32 else "tf32x3"
 
 

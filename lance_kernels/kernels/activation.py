@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lance_kernels.kernels._common import cdiv
 from lance_kernels.ops._layout import check_order, from_order, in_order
 from lance_kernels.ops.activation import (
     KINDS,
@@ -125,7 +126,7 @@ def activation_codes(x: torch.Tensor, kind: str, bits: int, order: Sequence[int]
     codes = torch.empty(code_bytes(x, bits), dtype=torch.uint8, device=x.device)
     grid = KINDS[kind].grids[bits]
     if codes.numel():
-        codes_kernel[(triton.cdiv(codes.numel(), BLOCK),)](
+        codes_kernel[(cdiv(codes.numel(), BLOCK),)](
             flat, codes, flat.numel(), KIND=kind, STEPS=grid.steps, ZERO=grid.zero, BITS=bits, BLOCK=BLOCK
         )
     return codes
@@ -142,7 +143,7 @@ def activation_grad(
     out = torch.empty_like(flat)
     grid = KINDS[kind].grids[bits]
     if codes.numel():
-        grad_kernel[(triton.cdiv(codes.numel(), BLOCK),)](
+        grad_kernel[(cdiv(codes.numel(), BLOCK),)](
             flat, codes.contiguous(), out, flat.numel(), STEPS=grid.steps, ZERO=grid.zero, BITS=bits, BLOCK=BLOCK
         )
     return from_order(out, order)

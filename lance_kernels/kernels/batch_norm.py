@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lance_kernels.kernels._common import cdiv
 from lance_kernels.kernels.mask import load_bits, store_bits
 from lance_kernels.ops._layout import check_order, empty_in_order, in_order
 from lance_kernels.ops.batch_norm import (
@@ -150,7 +151,7 @@ def _table(
     """Scale and shift of every channel; without a mean, both factors of the gradient."""
     channels = var.shape[0]
     table = torch.empty(2, channels, dtype=torch.float32, device=var.device)
-    table_kernel[(triton.cdiv(channels, BLOCK),)](
+    table_kernel[(cdiv(channels, BLOCK),)](
         *(table if vector is None else vector.contiguous() for vector in (weight, bias, mean, var)),
         table,
         eps,
@@ -189,7 +190,7 @@ def batch_norm_relu_mask(
     y = empty_in_order(x, order)
     mask = torch.empty((total + 7) // 8, dtype=torch.uint8, device=x.device)
     if total:
-        forward_kernel[(triton.cdiv(total, BLOCK),)](
+        forward_kernel[(cdiv(total, BLOCK),)](
             flat,
             _table(weight, bias, mean, var, eps),
             y,
@@ -215,7 +216,7 @@ def _grad(
     flat, total = in_order(grad, order), grad.numel()
     out = empty_in_order(grad, order)
     if total:
-        grad_kernel[(triton.cdiv(total, BLOCK),)](
+        grad_kernel[(cdiv(total, BLOCK),)](
             flat,
             flat if mask is None else mask.contiguous(),
             _table(weight, None, None, var, eps),

@@ -19,6 +19,7 @@ from lance_kernels.kernels._common import (
     Tile,
     alignment,
     by_preference,
+    cdiv,
     kronecker,
     launch_fitting,
     matmul_precision,
@@ -167,8 +168,9 @@ def linear_weight_grads(
     feature, feature_rank = factors[-1], core.shape[-1]
     if grad_output.dtype == torch.float64 or not (grad_output.numel() and core.numel()) or feature_rank > MAX_RANK:
         return None
-    shapes = [None if factor is None else factor.shape for factor in factors]
-    projects, _ = _weight_grad_plan(grad_output.shape, core.shape, shapes)
+    projects = _projects(
+        grad_output.shape, core.shape, tuple(None if factor is None else factor.shape for factor in factors)
+    )
     token = factors[-2] if core.dim() > 1 else None
     if token is not None and token.shape[1] > MAX_RANK:
         token = None
@@ -189,6 +191,12 @@ def linear_weight_grads(
         total, bias_grad = sum_parts(sums, grad.dtype, bias_sums if with_bias else None)
         return total[:, :feature_rank].contiguous(), bias_grad
     return reduce_and_expand(sums, feature, grad.dtype, bias_sums if with_bias else None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _projects(grad: torch.Size, core: torch.Size, factors: tuple[torch.Size | None, ...]) -> bool:
+    """Whether `grad_output` is projected, by the shapes."""
+    return _weight_grad_plan(grad, core, factors)[0]
 
 
 def _launch_parts(
@@ -212,7 +220,7 @@ def _launch_parts(
         with_bias: whether to sum `grad` up too.
 
     Returns:
-        `(splits, O, second)` and `(splits, O)`, float32.
+        `(splits, O, second)` and `(splits, O)`, float32; without a bias the second means nothing.
     """
     batch, tokens, outputs = grad.shape
     itemsize, precision = grad.element_size(), matmul_precision(grad.dtype)
@@ -223,12 +231,12 @@ def _launch_parts(
     unit = alignment(itemsize, outputs, *steps[:2]) if steps[2] == 1 else 1
 
     def start(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
-        tiles = triton.cdiv(outputs, tile.stream)
-        chunks = 1 if 2 * batch * tiles >= 512 else triton.cdiv(tokens, 4 * tile.sum)
+        tiles = cdiv(outputs, tile.stream)
+        chunks = 1 if 2 * batch * tiles >= 512 else cdiv(tokens, 4 * tile.sum)
         units = batch * chunks
         splits = splits_for(tiles, units, 4 * outputs * second, grad.numel() * itemsize)
         parts = grad.new_empty((splits, outputs, second), dtype=torch.float32)
-        bias_parts = grad.new_empty((splits, outputs) if with_bias else 1, dtype=torch.float32)
+        bias_parts = grad.new_empty((splits, outputs), dtype=torch.float32) if with_bias else parts
         weight_grad_kernel[(tiles * splits,)](
             grad,
             matrix,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lance_kernels.kernels._common import cdiv
 from lance_kernels.ops._checks import check_floating
 from lance_kernels.ops._layout import check_order, empty_in_order, from_order, in_order
 from lance_kernels.ops.dropout import check_dropout_grad, dropout_grad_reference
@@ -142,7 +143,7 @@ def pack_mask(bits: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     mask = torch.empty((total + 7) // 8, dtype=torch.uint8, device=bits.device)
     if total:
         flat = in_order(bits, order).view(torch.uint8)
-        pack_kernel[(triton.cdiv(total, BLOCK),)](flat, mask, total, BLOCK=BLOCK)
+        pack_kernel[(cdiv(total, BLOCK),)](flat, mask, total, BLOCK=BLOCK)
     return mask
 
 
@@ -153,7 +154,7 @@ def unpack_mask(mask: torch.Tensor, like: torch.Tensor, order: Sequence[int]) ->
     total = like.numel()
     bits = empty_in_order(like, order, torch.bool)
     if total:
-        unpack_kernel[(triton.cdiv(total, BLOCK),)](mask.contiguous(), bits.view(torch.uint8), total, BLOCK=BLOCK)
+        unpack_kernel[(cdiv(total, BLOCK),)](mask.contiguous(), bits.view(torch.uint8), total, BLOCK=BLOCK)
     return bits
 
 
@@ -165,7 +166,7 @@ def dropout_grad(grad: torch.Tensor, mask: torch.Tensor, p: float, order: Sequen
     flat, total = in_order(grad, order), grad.numel()
     out = torch.empty_like(flat)
     if total:
-        dropout_grad_kernel[(triton.cdiv(total, BLOCK),)](flat, mask.contiguous(), out, 1 / (1 - p), total, BLOCK=BLOCK)
+        dropout_grad_kernel[(cdiv(total, BLOCK),)](flat, mask.contiguous(), out, 1 / (1 - p), total, BLOCK=BLOCK)
     return from_order(out, order)
 
 
@@ -176,7 +177,7 @@ def _activate(
     mask = torch.empty((total + 7) // 8, dtype=torch.uint8, device=flat.device)
     kind = "leaky" if slope is not None else "relu" if low is None or high is None else "clamp"
     if total:
-        activate_kernel[(triton.cdiv(total, BLOCK),)](
+        activate_kernel[(cdiv(total, BLOCK),)](
             flat, result, mask, low or 0.0, high or 0.0, slope or 0.0, total, KIND=kind, BLOCK=BLOCK
         )
     return mask
@@ -224,7 +225,7 @@ def masked_activation_grad(
     out = torch.empty_like(flat)
     total = flat.numel()
     if total:
-        select_kernel[(triton.cdiv(total, BLOCK),)](
+        select_kernel[(cdiv(total, BLOCK),)](
             flat, mask.contiguous(), out, slope or 0.0, total, SCALED=slope is not None, BLOCK=BLOCK
         )
     return from_order(out, order)

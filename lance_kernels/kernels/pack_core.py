@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lance_kernels.kernels._common import cdiv
 from lance_kernels.ops.pack_core import (
     FORMATS,
     MISSING,
@@ -173,7 +174,7 @@ def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
     packed = core.new_empty(packed_bytes(core.shape, bits), dtype=torch.uint8)
     groups = group_count(count, bits)
     magnitudes = core.new_empty(groups, dtype=torch.float32)
-    grid = (triton.cdiv(groups, GROUPS),)
+    grid = (cdiv(groups, GROUPS),)
     if not count:
         return packed.zero_()
     # float64 is narrowed here, as the reference does, so that the kernels have one way to round.
@@ -207,7 +208,7 @@ def unpack_core(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: tor
     if not count:
         return core
     base, codes, scales = buffer_parts(packed, count, bits)
-    unpack_kernel[(triton.cdiv(count, BLOCK),)](
+    unpack_kernel[(cdiv(count, BLOCK),)](
         codes,
         scales,
         base.clone().view(torch.float32),

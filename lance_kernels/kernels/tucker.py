@@ -23,6 +23,7 @@ from lance_kernels.kernels._common import (
     Tile,
     alignment,
     by_preference,
+    cdiv,
     kronecker,
     launch_fitting,
     matmul_precision,
@@ -273,7 +274,7 @@ def tiles_for(first: int, second: int, stream: int, total: int, itemsize: int, a
         shared=lambda tile: max(
             tile.stages * stage(tile.rows, tile.sum), 4 * (tile.stream * (first + second)) if second else 0
         ),
-        rereads=lambda tile: first * triton.cdiv(stream, tile.rows) / stream + second / total,
+        rereads=lambda tile: first * cdiv(stream, tile.rows) / stream + second / total,
     )
 
 
@@ -293,124 +294,163 @@ def _units(one: Pass, itemsize: int) -> tuple[int, int]:
     return 1, 1
 
 
-def _core_strides(one: Pass, sizes: Sequence[int]) -> list[int] | None:
-    """Strides of a contiguous core of these sizes by group; None where a group's modes do not merge."""
-    strides = [math.prod(sizes[mode + 1 :]) for mode in range(len(sizes))]
+def _contiguous(sizes: Sequence[int]) -> list[int]:
+    """Strides of a contiguous tensor."""
+    return [math.prod(sizes[index + 1 :]) for index in range(len(sizes))]
+
+
+def _group_strides(one: Pass, sizes: Sequence[int]) -> list[int] | None:
+    """Strides of a contiguous core of these sizes, by group; None where a group's modes do not merge."""
+    strides, by_group = _contiguous(sizes), []
     for group in one.groups:
         for mode, faster in itertools.pairwise(group.modes):
             if strides[mode] != strides[faster] * sizes[faster]:
                 return None
-    return [strides[group.modes[-1]] for group in one.groups]
+        by_group.append(strides[group.modes[-1]])
+    return by_group
 
 
-def launch(
-    one: Pass,
-    x: torch.Tensor,
-    factors: Factors,
-    out: torch.Tensor,
-    strides: list[int],
-    splits: int,
-    split_step: int,
-    tile: Tile,
-) -> None:
-    """Starts the kernel; `strides` are those of `out` by group."""
+class Layout(NamedTuple):
+    """What all launches share for inputs of the same sizes and strides and factors of the same ranks.
+
+    Attributes:
+        one: how the launch covers `x`.
+        sizes: sizes of what the launch leaves, by mode.
+        extents: the same by group.
+        left: modes that the launch leaves to be projected.
+        matrices: matrices that `x` is made of.
+        tiled: what the tiles follow from, the arguments of `tiles_for`.
+        units: what divides the streamed and the summed size.
+        inner: matrices of the inner batch group, the streamed and the summed size, divided by their units.
+        steps: steps of outer, inner, streamed and summed group in `x`, divided by the greater unit.
+        core_steps: the same in the core, if the launch can write that.
+        part_steps: the same in one part of it.
+        ranks: ranks of the summed and the streamed group, 1 without one.
+        constants: the kernel's compile-time arguments.
+    """
+
+    one: Pass
+    sizes: tuple[int, ...]
+    extents: tuple[int, ...]
+    left: tuple[int, ...]
+    matrices: int
+    tiled: tuple[int, int, int, int, int, int]
+    units: tuple[int, int]
+    inner: tuple[int, int, int]
+    steps: tuple[int, ...]
+    core_steps: tuple[int, ...] | None
+    part_steps: tuple[int, ...]
+    ranks: tuple[int | None, int | None]
+    constants: dict[str, int | bool]
+
+
+@functools.lru_cache(maxsize=1024)
+def layout_of(
+    sizes: tuple[int, ...], strides: tuple[int, ...], ranks: tuple[int | None, ...], itemsize: int
+) -> Layout | None:
+    """The layout of an input; None where there is no launch."""
+    one = plan(sizes, strides, ranks)
+    if one is None:
+        return None
     summed, streamed = one.groups[one.summed], one.groups[one.streamed]
     first, second = one.columns()
-    precision = matmul_precision(x.dtype)
-    first_factor = kronecker([_given(factors[mode]) for mode in summed.modes], x.dtype, first, precision)
-    second_factor = first_factor
-    if one.two_sided:
-        second_factor = kronecker([_given(factors[mode]) for mode in streamed.modes], torch.float32, second, precision)
-    steps = _steps(one, [group.stride for group in one.groups])
-    batch = [one.groups[index].size for index in one.batch]
-    stream_unit, total_unit = _units(one, x.element_size())
-    align = max(stream_unit, total_unit)
-    programs = math.prod(batch) * (splits if one.two_sided else triton.cdiv(streamed.size, tile.rows))
-    core_outer, core_inner = _steps(one, strides)
-    project_kernel[(programs,)](
-        x,
-        first_factor,
-        second_factor,
-        out,
-        batch[-1] if batch else 1,
-        streamed.size // stream_unit,
-        summed.size // total_unit,
-        splits,
-        steps[0] // align,
-        steps[1] // align,
-        streamed.stride // align,
-        summed.stride // align,
-        split_step,
-        core_outer,
-        core_inner,
-        strides[one.streamed],
-        strides[one.summed],
-        summed.rank,
-        streamed.rank if one.two_sided else 1,
-        STREAM_UNIT=stream_unit,
-        TOTAL_UNIT=total_unit,
-        STREAM_CONTIGUOUS=streamed.stride == 1,
-        TOTAL_CONTIGUOUS=summed.stride == 1,
-        ALIGN=align,
-        R=first,
-        Q=second,
-        STREAM=tile.stream,
-        SUM=tile.sum,
-        TWO_SIDED=one.two_sided,
-        BLOCKS=tile.blocks,
-        PRECISION=precision,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+    done = {*summed.modes, *(streamed.modes if one.two_sided else ())}
+    left = tuple(mode for mode, rank in enumerate(ranks) if rank is not None and mode not in done)
+    core = tuple(ranks[mode] or size if mode in done else size for mode, size in enumerate(sizes))
+    batch, extents = [one.groups[index].size for index in one.batch], tuple(one.extents())
+    units = _units(one, itemsize)
+    core_strides = None if left else _group_strides(one, core)
+    return Layout(
+        one=one,
+        sizes=core,
+        extents=extents,
+        left=left,
+        matrices=math.prod(batch),
+        tiled=(first, second if one.two_sided else 0, streamed.size, summed.size, itemsize, max(units)),
+        units=units,
+        inner=(batch[-1] if batch else 1, streamed.size // units[0], summed.size // units[1]),
+        steps=tuple(step // max(units) for step in _all_steps(one, [group.stride for group in one.groups])),
+        core_steps=None if core_strides is None else _all_steps(one, core_strides),
+        part_steps=_all_steps(one, _contiguous(extents)),
+        ranks=(summed.rank, streamed.rank if one.two_sided else 1),
+        constants={
+            "STREAM_UNIT": units[0],
+            "TOTAL_UNIT": units[1],
+            "STREAM_CONTIGUOUS": streamed.stride == 1,
+            "TOTAL_CONTIGUOUS": summed.stride == 1,
+            "ALIGN": max(units),
+            "R": first,
+            "Q": second,
+            "TWO_SIDED": one.two_sided,
+        },
     )
 
 
-def _given(factor: torch.Tensor | None) -> torch.Tensor:
-    assert factor is not None
-    return factor
+def _all_steps(one: Pass, strides: list[int]) -> tuple[int, ...]:
+    """Steps of the outer, the inner, the streamed and the summed group."""
+    return *_steps(one, strides), strides[one.streamed], strides[one.summed]
+
+
+def _factor(factors: Factors, group: Group, dtype: torch.dtype, columns: int, precision: str) -> torch.Tensor:
+    """The factor of a group, `(size, columns)`."""
+    given = [factor for mode in group.modes if (factor := factors[mode]) is not None]
+    return kronecker(given, dtype, columns, precision)
 
 
 def tucker_project(x: torch.Tensor, factors: Factors) -> torch.Tensor:
     """`lance::tucker_project`; float64, and what no launch covers, takes the reference."""
     check_factors("tucker_project", "x", x, factors, side=0)
     ranks = tuple(None if factor is None else factor.shape[1] for factor in factors)
-    one = None if x.dtype == torch.float64 else plan(tuple(x.shape), x.stride(), ranks)
-    if one is None:
+    layout = None if x.dtype == torch.float64 else layout_of(x.shape, x.stride(), ranks, x.element_size())
+    if layout is None:
         return _project_reference(x, factors)
-    summed, streamed = one.groups[one.summed], one.groups[one.streamed]
-    first, second = one.columns()
-    matrices = math.prod(one.groups[index].size for index in one.batch)
-    extents = one.extents()
-    done = {*summed.modes, *(streamed.modes if one.two_sided else ())}
-    left = [(mode, factor) for mode, factor in enumerate(factors) if factor is not None and mode not in done]
-    sizes = [ranks[mode] or size if mode in done else size for mode, size in enumerate(x.shape)]
+    one, sizes = layout.one, layout.sizes
+    first, second, stream, _, itemsize, align = layout.tiled
+    precision = matmul_precision(x.dtype)
+    first_factor = second_factor = _factor(factors, one.groups[one.summed], x.dtype, first, precision)
+    if one.two_sided:
+        second_factor = _factor(factors, one.groups[one.streamed], torch.float32, second, precision)
+    is_core = layout.core_steps is not None
+    shape = sizes if is_core else layout.extents
+    elements = math.prod(shape)
 
-    def start(tile: Tile) -> tuple[torch.Tensor, bool]:
-        """What the launch leaves, its parts added up, and whether it is the core."""
-        splits = 1
+    def start(tile: Tile) -> torch.Tensor:
+        """The core, or what the launch leaves of it in float32, by group."""
+        tiles, splits = cdiv(stream, tile.rows), 1
         if one.two_sided:
-            tiles, partial = triton.cdiv(streamed.size, tile.rows), 4 * math.prod(extents)
-            splits = splits_for(matrices, tiles, partial, x.numel() * x.element_size())
-        strides = None if left else _core_strides(one, sizes)
-        is_core = strides is not None
-        dtype = x.dtype if is_core else torch.float32  # of what is returned
-        shape = sizes if is_core else extents
-        if splits == 1:
-            whole = x.new_empty(shape, dtype=dtype)
-            launch(one, x, factors, whole, strides or list(whole.stride()), 1, 0, tile)
-            return whole, is_core
-        parts = x.new_empty((splits, *shape), dtype=torch.float32)
-        launch(one, x, factors, parts, strides or list(parts.stride()[1:]), splits, parts.stride(0), tile)
-        return sum_parts(parts, dtype)[0], is_core
+            splits = splits_for(layout.matrices, tiles, 4 * elements, x.numel() * itemsize)
+        parted = splits > 1
+        dtype = x.dtype if is_core else torch.float32
+        out = x.new_empty((splits, *shape), dtype=torch.float32) if parted else x.new_empty(shape, dtype=dtype)
+        project_kernel[(layout.matrices * (splits if one.two_sided else tiles),)](
+            x,
+            first_factor,
+            second_factor,
+            out,
+            *layout.inner,
+            splits,
+            *layout.steps,
+            elements if parted else 0,
+            *(layout.core_steps or layout.part_steps),
+            *layout.ranks,
+            **layout.constants,
+            STREAM=tile.stream,
+            SUM=tile.sum,
+            BLOCKS=tile.blocks,
+            PRECISION=precision,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        return sum_parts(out, dtype)[0] if parted else out
 
-    units = _units(one, x.element_size())
-    shape = (first, second if one.two_sided else 0, streamed.size, summed.size, x.element_size(), max(units))
-    variant = (x.dtype, matmul_precision(x.dtype), *units)
-    started = launch_fitting("tucker_project", shape, variant, tiles_for, start)
-    if started is None:
+    aligned = x.data_ptr() % MAX_ALIGN_BYTES == 0
+    tiled, variant = (*layout.tiled[:-1], align if aligned else 1), (x.dtype, precision, *layout.units)
+    result = launch_fitting("tucker_project", tiled, variant, tiles_for, start)
+    if result is None:
         return _project_reference(x, factors)
-    result, is_core = started
     if is_core:
         return result
+    left = [(mode, factor) for mode, factor in enumerate(factors) if factor is not None and mode in layout.left]
     order = [mode for group in one.groups for mode in group.modes]
     wide = result.reshape([sizes[mode] for mode in order]).permute([order.index(mode) for mode in range(x.dim())])
     for mode, factor in sorted(left, key=lambda entry: entry[1].shape[1] / entry[1].shape[0]):
