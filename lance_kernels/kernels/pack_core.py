@@ -181,9 +181,9 @@ def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
     dense = dense.float() if dense.dtype == torch.float64 else dense
     padded = triton.next_power_of_2(form.group)
     magnitudes_kernel[grid](dense, magnitudes, count, BITS=bits, GROUPS=GROUPS, GROUP=form.group, PADDED=padded)
-    base = magnitudes.nan_to_num(nan=0.0, posinf=0.0).amax().view(1)
     head, codes, scales = buffer_parts(packed, count, bits)
-    head.copy_(base.view(torch.uint8))
+    base = head.view(torch.float32)
+    torch.amax(magnitudes.nan_to_num(nan=0.0, posinf=0.0), 0, keepdim=True, out=base)
     pack_kernel[grid](
         dense,
         magnitudes,
@@ -207,11 +207,12 @@ def unpack_core(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: tor
     core, count = packed.new_empty(tuple(size), dtype=dtype), math.prod(size)
     if not count:
         return core
+    packed = packed.contiguous()
     base, codes, scales = buffer_parts(packed, count, bits)
     unpack_kernel[(cdiv(count, BLOCK),)](
         codes,
         scales,
-        base.clone().view(torch.float32),
+        (base.clone() if packed.storage_offset() % 4 else base).view(torch.float32),
         scale_table(packed.device),
         core,
         count,

@@ -43,14 +43,18 @@ def inverse_order(order: Sequence[int]) -> list[int]:
     return inverse
 
 
+def _keeps(order: Sequence[int]) -> bool:
+    return list(order) == list(range(len(order)))
+
+
 def in_order(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-    """`x` with its dimensions permuted to `order`, contiguous; a view where `x` already lies so."""
-    return x.permute(*order).contiguous() if x.dim() else x.contiguous()
+    """`x` with its dimensions permuted to `order`, contiguous; `x` or a view of it where it already lies so."""
+    return x.contiguous() if _keeps(order) else x.permute(*order).contiguous()
 
 
 def from_order(flat: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-    """Undoes the permutation of `in_order`, as a view."""
-    return flat.permute(*inverse_order(order)) if flat.dim() else flat
+    """Undoes the permutation of `in_order`, as a view or `flat` itself."""
+    return flat if _keeps(order) else flat.permute(*inverse_order(order))
 
 
 def empty_in_order(x: torch.Tensor, order: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:

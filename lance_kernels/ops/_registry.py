@@ -196,7 +196,7 @@ def tensors_of(args: Iterable[Any]) -> list[torch.Tensor]:
     for value in args:
         if isinstance(value, torch.Tensor):
             tensors.append(value)
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], int):
             tensors += _tensors(value)
     return tensors
 
