@@ -19,6 +19,7 @@ from lance_kernels.ops._prepared import prepared
 from lance_kernels.ops._registry import (
     apply,
     autocast_arguments,
+    below_autograd,
     define,
     not_differentiable,
     once_differentiable,
@@ -156,14 +157,19 @@ def keep_core(
     x: torch.Tensor, factors: Factors, core_bits: int, core_lengths: torch.Tensor | None, core_count: int
 ) -> torch.Tensor:
     """The core of `x` by its `kept_factors`, its values within `core_lengths`, packed when `core_bits` is not 0."""
-    core: torch.Tensor = torch.ops.lance.tucker_project(x, kept_factors(factors, x.dtype))
+    # The core carries no gradient.
+    with below_autograd():
+        core: torch.Tensor = torch.ops.lance.tucker_project(x, kept_factors(factors, x.dtype))
     if core_lengths is not None:
         last = core.shape[-1]
         if core_lengths.device.type == "cpu":  # elsewhere it would be waited for
             message = f"lance: core_lengths reaches beyond the core's last mode; expected lengths from 0 to {last}"
             torch._assert_async(((core_lengths >= 0) & (core_lengths <= last)).all(), message)
         core = core.flatten(1).index_select(1, core_places(core_lengths, core_count, last))
-    return torch.ops.lance.pack_core(core, core_bits) if core_bits else core
+    if core_bits:
+        with below_autograd():
+            core = torch.ops.lance.pack_core(core, core_bits)
+    return core
 
 
 def kept_size(x: torch.Tensor, factors: Factors, core_lengths: torch.Tensor | None, core_count: int) -> list[int]:
@@ -284,10 +290,11 @@ class _Linear(torch.autograd.Function):
             if needs_weight:
                 core = restore_core(core, ctx.core_size, ctx.core_bits, lengths, ctx.core_count, ctx.dtype)
                 expanding = kept_factors(factors, ctx.dtype, expand=True)
-                if needs_bias:
-                    grad_weight, grad_bias = torch.ops.lance.linear_weight_bias_grad(grad_output, core, expanding)
-                else:
-                    grad_weight = torch.ops.lance.linear_weight_grad(grad_output, core, expanding)
+                with below_autograd():
+                    if needs_bias:
+                        grad_weight, grad_bias = torch.ops.lance.linear_weight_bias_grad(grad_output, core, expanding)
+                    else:
+                        grad_weight = torch.ops.lance.linear_weight_grad(grad_output, core, expanding)
             elif needs_bias:
                 grad_bias = _bias_grad(grad_output)
         return grad_x, grad_weight, grad_bias, None, None, None, *[None] * len(factors)
