@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lance_kernels.kernels._common import matmul_precision, splits_for
+from lance_kernels.kernels._common import cdiv, matmul_precision, splits_for
 from lance_kernels.ops._padding import pad_pairs, padded_rows
 from lance_kernels.ops.convolution import Geometry, output_size
 from lance_kernels.ops.patch import _check_gram, _gram_reference
@@ -160,10 +160,10 @@ def patch_gram_(gram: torch.Tensor, x: torch.Tensor, kernel: Sequence[int], *num
     outer, last = places(x, kernel, geometry)
     positions = outer.shape[1] * last.shape[1]
     size, total = gram.shape[1], x.shape[0] * positions
-    pairs = torch.triu_indices(*[triton.cdiv(size, TILE)] * 2, dtype=torch.int32, device=x.device)
-    programs, steps = pairs.shape[1] * geometry.groups, triton.cdiv(total, DEPTH)
-    split_steps = triton.cdiv(steps, splits_for(programs, steps, gram.numel() * 4, x.numel() * x.itemsize))
-    splits = triton.cdiv(steps, split_steps)
+    pairs = torch.triu_indices(*[cdiv(size, TILE)] * 2, dtype=torch.int32, device=x.device)
+    programs, steps = pairs.shape[1] * geometry.groups, cdiv(total, DEPTH)
+    split_steps = cdiv(steps, splits_for(programs, steps, gram.numel() * 4, x.numel() * x.itemsize))
+    splits = cdiv(steps, split_steps)
     span = sum((length - 1) * step for length, step in zip(x.shape, x.stride()))
     sums = gram.unsqueeze(0) if splits == 1 else gram.new_empty(splits, *gram.shape, dtype=torch.float32)
     patch_gram_kernel[(programs * splits,)](

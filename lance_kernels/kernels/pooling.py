@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lance_kernels.kernels._common import cdiv
 from lance_kernels.ops._checks import check
 from lance_kernels.ops._layout import memory_format_of
 from lance_kernels.ops.pooling import (
@@ -206,7 +207,7 @@ def max_pool_offsets(
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
     offsets = torch.empty_like(y, dtype=torch.uint8)
     if y.numel():
-        offsets_kernel[(triton.cdiv(y.numel(), BLOCK),)](
+        offsets_kernel[(cdiv(y.numel(), BLOCK),)](
             x.contiguous(memory_format=memory_format),
             y,
             offsets,
@@ -245,7 +246,7 @@ def max_pool_grad(
     shape = [*grad.shape[:-spatial], *size]
     out = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
     if out.numel():
-        grad_kernel[(triton.cdiv(out.numel(), BLOCK),)](
+        grad_kernel[(cdiv(out.numel(), BLOCK),)](
             grad.contiguous(memory_format=memory_format),
             offsets.contiguous(memory_format=memory_format),
             out,

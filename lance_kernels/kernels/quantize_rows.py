@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lance_kernels.kernels._common import cdiv
 from lance_kernels.ops._layout import empty_in_order, in_order
 from lance_kernels.ops.quantize_rows import (
     check_dequantize,
@@ -134,16 +135,16 @@ def quantize_rows(
     flat = in_order(x, order)
     inner, items = x.numel() // (outer * rows), x.numel() // rows
     height, width = tile(rows, items, inner)
-    groups = triton.cdiv(rows, height)
-    parts = min(MOST_PARTS, triton.cdiv(items, width), triton.cdiv(PROGRAMS, groups))
+    groups = cdiv(rows, height)
+    parts = min(MOST_PARTS, cdiv(items, width), cdiv(PROGRAMS, groups))
     largest = torch.empty(rows, parts, dtype=torch.float32, device=x.device)
     codes = torch.empty(x.numel(), dtype=torch.int8, device=x.device)
     steps = torch.empty(rows, dtype=torch.float32, device=x.device)
     middle = steps if center is None else center.contiguous()
     shape = {"CENTERED": center is not None, "ROWS": height, "ITEMS": width}
-    part_items = triton.cdiv(triton.cdiv(items, parts), width) * width
+    part_items = cdiv(cdiv(items, parts), width) * width
     largest_kernel[(groups, parts)](flat, middle, largest, rows, items, inner, part_items, **shape)
-    blocks = triton.cdiv(items, width)
+    blocks = cdiv(items, width)
     codes_kernel[(groups * blocks,)](
         flat,
         middle,
@@ -170,7 +171,7 @@ def dequantize_rows(
         return dequantize_reference(codes, steps, outer, like, order)
     check_dequantize(codes, steps, outer, like, order)
     out = empty_in_order(like, order)
-    values_kernel[(triton.cdiv(total, BLOCK),)](
+    values_kernel[(cdiv(total, BLOCK),)](
         codes.contiguous(), steps.contiguous(), out, total, rows, total // (outer * rows), BLOCK=BLOCK
     )
     return out

@@ -27,6 +27,9 @@ def main() -> None:
         mine, reference = unpack_core(packed, shape, bits, dtype), _unpack_reference(packed, shape, bits, dtype)
         assert torch.equal(mine.isnan(), reference.isnan())
         assert torch.equal(mine.nan_to_num(), reference.nan_to_num()), (bits, shape, dtype, scale)
+        behind, apart = torch.cat([packed[:1], packed])[1:], packed.repeat_interleave(2)[::2]
+        for buffer in (behind, apart):
+            assert torch.equal(unpack_core(buffer, shape, bits, dtype).view(torch.uint8), mine.view(torch.uint8))
         cases += 1
     print(f"{cases} cases")
 
