@@ -27,6 +27,7 @@ TILES = [Tile(128, 64, 8, 2), *(Tile(side, side, 4, 2) for side in (64, 32, 16))
 # A product in three parts holds operands in registers: those that do not spill, by the padded rank.
 TILES_OF_THREE = {128: [Tile(32, 64, 8, 2), Tile(16, 32, 8, 2)], 256: [Tile(16, 32, 8, 2)]}
 MAX_EXPANDED_SPLITS = 2  # that the programs which expand add up themselves
+PITCH_UNIT = 8  # elements that divide the pitch of parts
 
 SUM_WARPS, SUM_ELEMENTS = 4, 4096  # elements of all splits that a program which adds up has in flight
 SUM_BLOCKS = (1024, 512, 256, 128)  # of the sum, at least a warp's 16-byte loads
@@ -68,7 +69,7 @@ def sum_kernel(
 
 @triton.jit
 def reduce_kernel(
-    parts,  # (splits, outputs, TAPS_H, TAPS_W, D)
+    parts,  # (splits, outputs, TAPS_H, TAPS_W, D), an output's behind a pitch
     bias_parts,  # (splits, outputs)
     factor,  # (features, D) float32
     weight_grad,  # (outputs, features, HEIGHT, WIDTH)
@@ -77,10 +78,11 @@ def reduce_kernel(
     features,
     splits,
     shares,
+    pitch,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
-    TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr,
+    PITCH_UNIT: tl.constexpr,
     BIAS: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -92,13 +94,13 @@ def reduce_kernel(
     row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # (ROWS,), outputs and taps
     o, tap = row // (HEIGHT * WIDTH), row % (HEIGHT * WIDTH)
     inside = o < outputs
-    at = (o * TAPS_H + tap // WIDTH) * TAPS_W + tap % WIDTH
-    step = outputs.to(tl.int64) * (TAPS_H * TAPS_W * D)
+    at = o * pitch * PITCH_UNIT + (tap // WIDTH * TAPS_W + tap % WIDTH) * D
+    step = outputs.to(tl.int64) * pitch * PITCH_UNIT
     d = tl.arange(0, D)
     total = tl.zeros((ROWS, D), dtype=tl.float32)
     # Loads of several splits are in flight at once.
     for split in tl.range(0, splits, loop_unroll_factor=4):
-        total += tl.load(parts + split * step + at[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
+        total += tl.load(parts + split * step + at[:, None] + d[None, :], mask=inside[:, None], other=0.0)
     if BIAS:  # noqa: SIM102 - known when compiling, unlike the next
         if share == 0:
             bias = tl.zeros((ROWS,), dtype=tl.float32)
@@ -174,7 +176,8 @@ def reduce_and_expand(
     """Launches the kernel, and before it one that adds many parts up; None where the GPU has no room for it.
 
     Args:
-        parts: `(splits, O, padded rank)`, or with two padded taps between, float32, contiguous.
+        parts: `(splits, O, padded rank)`, or with two padded taps between, float32, contiguous; two or less may have
+            gaps between outputs, a multiple of `PITCH_UNIT` from one to the next.
         feature: factor of the features, `(features, rank)`.
         dtype: dtype of the gradients.
         bias_parts: `(splits, O)`, float32, for the bias gradient too.
@@ -193,7 +196,7 @@ def reduce_and_expand(
     features, precision = feature.shape[0], matmul_precision(dtype)
     weight_grad = parts.new_empty((outputs, features, *(taps or ())), dtype=dtype)
     height, width = taps or (1, 1)
-    padded_height, padded_width = padded_taps or (1, 1)
+    padded_width = padded_taps[1] if padded_taps else 1
     rows = outputs * height * width
 
     def start(tile: Tile) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -209,10 +212,11 @@ def reduce_and_expand(
             features,
             splits,
             shares,
+            parts.stride(1) // PITCH_UNIT,
             HEIGHT=height,
             WIDTH=width,
-            TAPS_H=padded_height,
             TAPS_W=padded_width,
+            PITCH_UNIT=PITCH_UNIT,
             BIAS=bias_parts is not None,
             D=second,
             ROWS=tile.stream,

@@ -23,7 +23,16 @@ import torch
 import triton
 import triton.language as tl
 
-from lance_kernels.kernels._common import Tile, launch_fitting, power_of_two, splits_for
+from lance_kernels.kernels._common import (
+    Tile,
+    cdiv,
+    launch_fitting,
+    nearest,
+    nearest_tf32,
+    power_of_two,
+    splits_for,
+)
+from lance_kernels.kernels._reduction import MAX_EXPANDED_SPLITS, sum_parts
 from lance_kernels.ops._padding import pad_pairs, padded_rows, shifted_factor
 from lance_kernels.ops._prepared import prepared
 from lance_kernels.ops.convolution import Geometry
@@ -82,7 +91,7 @@ def contract_kernel(
         block = tl.load(entries, mask=inside[:, None] & (kl < ranks)[None, :], other=0.0)  # (ROWS, RANKS)
         thin = core + place * channels * ranks + c[None, :] * ranks + kl[:, None]
         kernel = tl.load(thin, mask=(c < channels)[None, :] & (kl < ranks)[:, None], other=0.0)  # (RANKS, CHANNELS)
-        total = tl.dot(block, kernel.to(tl.float32), total, input_precision="tf32")
+        total = tl.dot(nearest(block, "tf32"), kernel.to(tl.float32), total, input_precision="tf32")
         if BIAS:
             ones = projected + place * step + start + TAPS * SLOTS
             bias += tl.load(ones, mask=inside & (row % TAPS == 0), other=0.0)
@@ -160,14 +169,14 @@ def folded_factor(
         places = padded[:, : taps * slots(product.shape[2])].view(positions, taps, -1)
         places[:, :, : product.shape[2]] = product
         padded[:, taps * slots(product.shape[2])] = 1
-        return padded
+        return nearest_tf32(padded) if dtype == torch.float32 else padded
 
     return prepared(spatial, ("folded", dtype, *output, *kernel, *numbers), make)
 
 
 def is_rows(grad: torch.Tensor) -> bool:
     """Whether an image of `grad` is a matrix whose rows of positions the library takes as they are."""
-    _, outputs, height, width = grad.shape
+    height, width = grad.shape[2:]
     batch_step, output_step, height_step, width_step = grad.stride()
     flat = width_step == 1 and (height_step == width or height == 1)
     return flat and output_step >= height * width and not (output_step % 8 or batch_step % 8)
@@ -206,11 +215,11 @@ def projected_sums(
     core, width = core.contiguous(), power_of_two(core.shape[1])
     pitch = folded.shape[1]
     at_once = max(1, min(batch, PROJECTED_BYTES // (4 * outputs * pitch)))
-    shares = triton.cdiv(batch, at_once)
-    at_once = triton.cdiv(batch, shares)
+    shares = cdiv(batch, at_once)
+    at_once = cdiv(batch, shares)
 
     def start(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
-        tiles = triton.cdiv(outputs * taps, tile.stream)
+        tiles = cdiv(outputs * taps, tile.stream)
         splits = splits_for(tiles, at_once, 4 * outputs * taps * width * shares, grad.numel() * 2)
         parts = grad.new_empty((shares * splits, outputs, *kernel, width), dtype=torch.float32)
         bias_parts = grad.new_empty((shares * splits, outputs) if with_bias else (shares, 1), dtype=torch.float32)
@@ -268,7 +277,7 @@ def patch_sums(
         for first, groups, images in pieces:
             count = groups * images
             patches = grad.new_empty((count, positions, width))
-            patches_kernel[(count * triton.cdiv(positions * taps, tile.stream),)](
+            patches_kernel[(count * cdiv(positions * taps, tile.stream),)](
                 folded,
                 core[first:],
                 patches,
@@ -297,8 +306,10 @@ def patch_sums(
     found = launch_fitting("convolution_weight_grad, patches", shape, (grad.dtype, with_bias), patch_tiles_for, start)
     if found is None:
         return None
+    if len(parts) > MAX_EXPANDED_SPLITS:
+        parts = sum_parts(parts, torch.float32)[0].unsqueeze(0)
     sums = parts[:, :, : taps * padded].unflatten(2, (*kernel, padded))
-    return sums, parts[:, :, taps * padded] if with_bias else None
+    return sums, parts[:, :, taps * padded].contiguous() if with_bias else None
 
 
 def patch_tiles_for(rows: int, ranks: int, width: int) -> list[Tile]:
@@ -307,10 +318,10 @@ def patch_tiles_for(rows: int, ranks: int, width: int) -> list[Tile]:
 
 
 def _pieces(batch: int, positions: int, outputs: int, width: int) -> Iterator[tuple[int, int, int]]:
-    """First image, groups and images a group of the library's products: as many groups as fill a GPU, one for the rest."""
+    """First image, groups and images a group of the library's products: groups to fill a GPU, and one for the rest."""
     at_once = max(1, min(batch, PATCHES_BYTES // (2 * positions * width)))
-    at_once = triton.cdiv(batch, triton.cdiv(batch, at_once))
-    tiles = triton.cdiv(outputs, LIBRARY_TILE) * triton.cdiv(width, LIBRARY_TILE)
+    at_once = cdiv(batch, cdiv(batch, at_once))
+    tiles = cdiv(outputs, LIBRARY_TILE) * cdiv(width, LIBRARY_TILE)
     room = PARTS_BYTES * at_once // (4 * outputs * width * batch)
     groups = max(1, min(LIBRARY_PROGRAMS // tiles, room, at_once))
     for first in range(0, batch, at_once):

@@ -55,8 +55,8 @@ from lance_kernels.ops.tucker import Factors, mode_product, mode_product_flops, 
 MAX_TAPS_RANKS = 64  # of one spatial mode, padded
 MAX_CHANNEL_RANK = 128
 
-# For choosing a way only, measured on an H100: bytes and operations a second; bytes of what is copied to another layout;
-# operations of the shifted kernel, of products too small for the library's best, and of its weight gradient at
+# For choosing a way only, measured on an H100: bytes and operations a second; bytes of what is copied to another
+# layout; operations of the shifted kernel, of products too small for the library's best, and of its weight gradient at
 # `HALF_RATE_CHANNELS`; seconds of a launch.
 BANDWIDTH, RATE, COPY_BANDWIDTH = 3.0e12, 6.0e14, 1.1e12
 SHIFTED_RATE, NARROW_RATE, HALF_RATE_CHANNELS, LAUNCH = 5.0e13, 1.0e13, 64, 4e-6
@@ -514,8 +514,6 @@ def convolution_weight_bias_grad(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`lance::convolution_weight_bias_grad`."""
     geometry = Geometry(stride, padding, dilation, groups, padding_mode)
-    grad_weight, grad_bias = convolution_weight_grads(
-        grad_output, core, factors, weight_size, geometry, with_bias=True
-    )
+    grad_weight, grad_bias = convolution_weight_grads(grad_output, core, factors, weight_size, geometry, with_bias=True)
     assert grad_bias is not None
     return grad_weight, grad_bias
