@@ -23,7 +23,7 @@ from lance_kernels.kernels._common import (
 )
 
 # Rows and columns of the gradient that a program takes at once.
-TILES = [Tile(128, 64, 8, 2), *(Tile(side, side, 4, 2) for side in (64, 32, 16))]
+TILES = [Tile(128, 64, 8, 1), *(Tile(side, side, 4, 2) for side in (64, 32, 16))]
 # A product in three parts holds operands in registers: those that do not spill, by the padded rank.
 TILES_OF_THREE = {128: [Tile(32, 64, 8, 2), Tile(16, 32, 8, 2)], 256: [Tile(16, 32, 8, 2)]}
 MAX_EXPANDED_SPLITS = 2  # that the programs which expand add up themselves
@@ -82,6 +82,8 @@ def reduce_kernel(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     TAPS_W: tl.constexpr,
+    TAPS: tl.constexpr,
+    TURNED: tl.constexpr,
     PITCH_UNIT: tl.constexpr,
     BIAS: tl.constexpr,
     D: tl.constexpr,
@@ -92,8 +94,8 @@ def reduce_kernel(
     """`weight_grad = (sum of parts) factor^T` without the padded taps, and the bias gradient's sum."""
     tile, share = tl.program_id(0) // shares, tl.program_id(0) % shares
     row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # (ROWS,), outputs and taps
-    o, tap = row // (HEIGHT * WIDTH), row % (HEIGHT * WIDTH)
-    inside = o < outputs
+    o, tap = row // TAPS, row % TAPS
+    inside = (o < outputs) & (tap < HEIGHT * WIDTH)
     at = o * pitch * PITCH_UNIT + (tap // WIDTH * TAPS_W + tap % WIDTH) * D
     step = outputs.to(tl.int64) * pitch * PITCH_UNIT
     d = tl.arange(0, D)
@@ -106,7 +108,7 @@ def reduce_kernel(
             bias = tl.zeros((ROWS,), dtype=tl.float32)
             for split in tl.range(0, splits, loop_unroll_factor=4):
                 bias += tl.load(bias_parts + o + split * outputs, mask=inside, other=0.0)
-            tl.store(bias_grad + o, bias.to(bias_grad.dtype.element_ty), mask=inside)
+            tl.store(bias_grad + o, bias.to(bias_grad.dtype.element_ty), mask=inside & (tap == 0))
     total = nearest(total, PRECISION)
     tiles = tl.cdiv(features, COLUMNS)
     size = tl.cdiv(tiles, shares)
@@ -114,8 +116,20 @@ def reduce_kernel(
         c = (column * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)  # (COLUMNS,)
         rows = tl.load(factor + c[:, None] * D + d[None, :], mask=(c < features)[:, None], other=0.0)  # (COLUMNS, D)
         product = tl.dot(total, tl.trans(rows), input_precision=PRECISION)  # (ROWS, COLUMNS)
-        places = weight_grad + (o * features * (HEIGHT * WIDTH) + tap)[:, None] + (c * (HEIGHT * WIDTH))[None, :]
-        tl.store(places, product.to(weight_grad.dtype.element_ty), mask=inside[:, None] & (c < features)[None, :])
+        if not TURNED:
+            places = weight_grad + (o * features * (HEIGHT * WIDTH) + tap)[:, None] + (c * (HEIGHT * WIDTH))[None, :]
+            tl.store(places, product.to(weight_grad.dtype.element_ty), mask=inside[:, None] & (c < features)[None, :])
+        else:
+            # The taps of a feature lie side by side, those of neighbouring features next to them.
+            turned = tl.permute(tl.reshape(product, (ROWS // TAPS, TAPS, COLUMNS)), (0, 2, 1))
+            turned = tl.reshape(turned, (ROWS // TAPS * COLUMNS, TAPS)).to(weight_grad.dtype.element_ty)
+            entry = tl.arange(0, ROWS // TAPS * COLUMNS)  # outputs and features
+            output = (tile * (ROWS // TAPS) + entry // COLUMNS).to(tl.int64)
+            feature = column * COLUMNS + entry % COLUMNS
+            place = weight_grad + (output * features + feature) * (HEIGHT * WIDTH)
+            t = tl.arange(0, TAPS)
+            known = ((output < outputs) & (feature < features))[:, None] & (t < HEIGHT * WIDTH)[None, :]
+            tl.store(place[:, None] + t[None, :], turned, mask=known)
 
 
 def sum_parts(
@@ -197,10 +211,12 @@ def reduce_and_expand(
     weight_grad = parts.new_empty((outputs, features, *(taps or ())), dtype=dtype)
     height, width = taps or (1, 1)
     padded_width = padded_taps[1] if padded_taps else 1
-    rows = outputs * height * width
+    rows, padded = outputs * height * width, triton.next_power_of_2(height * width)
 
     def start(tile: Tile) -> tuple[torch.Tensor, torch.Tensor | None]:
-        row_tiles = triton.cdiv(rows, tile.stream)
+        # Taps are padded to lie side by side when they are stored.
+        turned = 1 < padded <= tile.stream
+        row_tiles = triton.cdiv(outputs * padded if turned else rows, tile.stream)
         shares = max(1, min(triton.cdiv(features, tile.sum), PROGRAMS // row_tiles))
         reduce_kernel[(row_tiles * shares,)](
             parts,
@@ -216,6 +232,8 @@ def reduce_and_expand(
             HEIGHT=height,
             WIDTH=width,
             TAPS_W=padded_width,
+            TAPS=padded if turned else height * width,
+            TURNED=turned,
             PITCH_UNIT=PITCH_UNIT,
             BIAS=bias_parts is not None,
             D=second,

@@ -17,7 +17,7 @@ A column of ones in `S` or `P` gives the bias gradient from the same read. The l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -39,10 +39,11 @@ from lance_kernels.ops.convolution import Geometry
 
 MAX_FOLDED = 2**18  # elements of S, half a megabyte
 MAX_RANKS = 256  # of both spatial modes together
-ONES = 8  # columns that the one of ones takes, to keep rows at 16 bytes
+ONES = 8  # columns that one of ones may take, to keep rows at 16 bytes
 # What Q takes for a share of the batch stays in the L2 cache; P is made for as many images as this allows.
 PROJECTED_BYTES, PATCHES_BYTES = 24 * 2**20, 32 * 2**20
 PARTS_BYTES, LIBRARY_TILE, LIBRARY_PROGRAMS = 12 * 2**20, 128, 264
+COPIED = 64  # outputs and positions that a program copies
 
 
 def slots(ranks: int) -> int:
@@ -52,7 +53,7 @@ def slots(ranks: int) -> int:
 
 def columns(taps: int, ranks: int) -> int:
     """Columns of S."""
-    return -(-taps * slots(ranks) // ONES) * ONES + ONES
+    return cdiv(taps * slots(ranks) + 1, ONES) * ONES
 
 
 @triton.jit
@@ -70,6 +71,7 @@ def contract_kernel(
     TAPS: tl.constexpr,
     SLOTS: tl.constexpr,
     RANKS: tl.constexpr,
+    IMAGES: tl.constexpr,
     CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
     BIAS: tl.constexpr,
@@ -80,21 +82,25 @@ def contract_kernel(
     first, last = split * share, tl.minimum((split + 1) * share, images)
     row = tile * ROWS + tl.arange(0, ROWS)  # (ROWS,), outputs and taps
     inside = row < outputs * TAPS
-    kl = tl.arange(0, RANKS)
+    term = tl.arange(0, IMAGES * RANKS)  # (IMAGES * RANKS,), images and ranks
+    kl = term % RANKS
     c = tl.arange(0, CHANNELS)
     start = (row // TAPS).to(tl.int64) * pitch * 4 + row % TAPS * SLOTS
     total = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
     bias = tl.zeros((ROWS,), dtype=tl.float32)
-    for image in range(first, last):
-        place = tl.cast(image, tl.int64)
-        entries = projected + place * step + start[:, None] + kl[None, :]
-        block = tl.load(entries, mask=inside[:, None] & (kl < ranks)[None, :], other=0.0)  # (ROWS, RANKS)
-        thin = core + place * channels * ranks + c[None, :] * ranks + kl[:, None]
-        kernel = tl.load(thin, mask=(c < channels)[None, :] & (kl < ranks)[:, None], other=0.0)  # (RANKS, CHANNELS)
+    for begin in range(first, last, IMAGES):
+        image = begin + term // RANKS
+        known = (image < last) & (kl < ranks)
+        place = image.to(tl.int64)
+        entries = projected + start[:, None] + (place * step + kl)[None, :]
+        block = tl.load(entries, mask=inside[:, None] & known[None, :], other=0.0)  # (ROWS, IMAGES * RANKS)
+        thin = core + (place * channels * ranks + kl)[:, None] + c[None, :] * ranks
+        kernel = tl.load(thin, mask=known[:, None] & (c < channels)[None, :], other=0.0)  # (IMAGES * RANKS, CHANNELS)
         total = tl.dot(nearest(block, "tf32"), kernel.to(tl.float32), total, input_precision="tf32")
         if BIAS:
-            ones = projected + place * step + start + TAPS * SLOTS
-            bias += tl.load(ones, mask=inside & (row % TAPS == 0), other=0.0)
+            ones = projected + start[:, None] + (place * step + TAPS * SLOTS)[None, :]
+            counted = (inside & (row % TAPS == 0))[:, None] & (known & (kl == 0))[None, :]
+            bias += tl.sum(tl.load(ones, mask=counted, other=0.0), axis=1)
     line = split.to(tl.int64) * outputs * TAPS + row
     tl.store(parts + line[:, None] * CHANNELS + c[None, :], total, mask=inside[:, None])
     if BIAS:
@@ -138,6 +144,26 @@ def patches_kernel(
         tl.store(line + TAPS * CHANNELS, one, mask=inside & (row % TAPS == 0))
 
 
+@triton.jit
+def channels_last_kernel(
+    grad,  # (images, outputs, positions) by strides
+    columns,  # (images, positions, outputs)
+    outputs,
+    positions,
+    image_step,
+    output_step,
+    SIDE: tl.constexpr,
+):
+    across, down = tl.cdiv(positions, SIDE), tl.cdiv(outputs, SIDE)
+    image, tile = (tl.program_id(0) // (across * down)).to(tl.int64), tl.program_id(0) % (across * down)
+    o = (tile // across * SIDE + tl.arange(0, SIDE)).to(tl.int64)
+    p = (tile % across * SIDE + tl.arange(0, SIDE)).to(tl.int64)
+    known = (o < outputs)[:, None] & (p < positions)[None, :]
+    block = tl.load(grad + image * image_step + o[:, None] * output_step + p[None, :], mask=known, other=0.0)
+    places = columns + image * positions * outputs + p[:, None] * outputs + o[None, :]
+    tl.store(places, tl.trans(block), mask=tl.trans(known))
+
+
 def folded_factor(
     spatial: Sequence[torch.Tensor],
     output: Sequence[int],
@@ -174,12 +200,15 @@ def folded_factor(
     return prepared(spatial, ("folded", dtype, *output, *kernel, *numbers), make)
 
 
+def has_flat_images(grad: torch.Tensor) -> bool:
+    """Whether the positions of an image lie side by side."""
+    return grad.stride(3) == 1 and (grad.stride(2) == grad.shape[3] or grad.shape[2] == 1)
+
+
 def is_rows(grad: torch.Tensor) -> bool:
     """Whether an image of `grad` is a matrix whose rows of positions the library takes as they are."""
-    height, width = grad.shape[2:]
-    batch_step, output_step, height_step, width_step = grad.stride()
-    flat = width_step == 1 and (height_step == width or height == 1)
-    return flat and output_step >= height * width and not (output_step % 8 or batch_step % 8)
+    wide = grad.stride(1) >= grad.shape[2] * grad.shape[3]
+    return has_flat_images(grad) and wide and not (grad.stride(0) % 8 or grad.stride(1) % 8)
 
 
 def as_matrices(grad: torch.Tensor, columns_first: bool) -> torch.Tensor:
@@ -189,10 +218,18 @@ def as_matrices(grad: torch.Tensor, columns_first: bool) -> torch.Tensor:
         grad: `(B, O, H', W')`.
         columns_first: whether only channels_last will do.
     """
-    if columns_first or not is_rows(grad):
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        return grad.permute(0, 2, 3, 1).reshape(grad.shape[0], -1, grad.shape[1]).mT
-    return grad.flatten(2)
+    if not columns_first and is_rows(grad):
+        return grad.flatten(2)
+    batch, outputs, positions = grad.shape[0], grad.shape[1], grad.shape[2] * grad.shape[3]
+    if has_flat_images(grad) and not grad.is_contiguous(memory_format=torch.channels_last):
+        columns = grad.new_empty((batch, positions, outputs))
+        tiles = cdiv(outputs, COPIED) * cdiv(positions, COPIED)
+        channels_last_kernel[(batch * tiles,)](
+            grad, columns, outputs, positions, grad.stride(0), grad.stride(1), SIDE=COPIED, num_warps=4
+        )
+        return columns.mT
+    columns = grad.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    return columns.reshape(batch, positions, outputs).mT
 
 
 def projected_sums(
@@ -212,7 +249,7 @@ def projected_sums(
     """
     batch, outputs, taps = grad.shape[0], grad.shape[1], math.prod(kernel)
     channels, ranks = core.shape[1], math.prod(core.shape[2:])
-    core, width = core.contiguous(), power_of_two(core.shape[1])
+    core, width, terms = core.contiguous(), power_of_two(channels), power_of_two(ranks)
     pitch = folded.shape[1]
     at_once = max(1, min(batch, PROJECTED_BYTES // (4 * outputs * pitch)))
     shares = cdiv(batch, at_once)
@@ -240,7 +277,8 @@ def projected_sums(
                 splits,
                 TAPS=taps,
                 SLOTS=slots(ranks),
-                RANKS=power_of_two(ranks),
+                RANKS=terms,
+                IMAGES=tile.sum // terms,
                 CHANNELS=width,
                 ROWS=tile.stream,
                 BIAS=with_bias,
@@ -255,8 +293,8 @@ def projected_sums(
 
 
 def contract_tiles_for(outputs: int, taps: int, ranks: int, width: int) -> list[Tile]:
-    """Tiles of `contract_kernel`."""
-    terms = power_of_two(ranks)
+    """Tiles of `contract_kernel`, which sum over the ranks of some images at once."""
+    terms = max(64, power_of_two(ranks))
     listed = [Tile(64, terms, 4, 3), Tile(64, terms, 4, 2), Tile(32, terms, 4, 2), Tile(16, terms, 4, 1)]
     return [tile for tile in listed if 4 * tile.stages * tile.stream * terms <= 96 * 1024] or listed[-1:]
 
@@ -269,13 +307,13 @@ def patch_sums(
     channels, ranks, positions = core.shape[1], math.prod(core.shape[2:]), folded.shape[0]
     core, padded = core.contiguous(), power_of_two(core.shape[1])
     width = taps * padded + (ONES if with_bias else 0)
-    pieces = list(_pieces(batch, positions, outputs, width))
-    parts = grad.new_empty((sum(groups for _, groups, _ in pieces), outputs, width), dtype=torch.float32)
+    at_once = max(1, min(batch, PATCHES_BYTES // (2 * positions * width)))
+    groups = _groups(at_once, batch, outputs, width)
 
     def start(tile: Tile) -> torch.Tensor:
-        place = 0
-        for first, groups, images in pieces:
-            count = groups * images
+        products = []
+        for first in range(0, batch, at_once):
+            count = min(at_once, batch - first)
             patches = grad.new_empty((count, positions, width))
             patches_kernel[(count * cdiv(positions * taps, tile.stream),)](
                 folded,
@@ -295,16 +333,15 @@ def patch_sums(
                 num_warps=tile.warps,
                 num_stages=tile.stages,
             )
+            parts = groups if count % groups == 0 else 1
             matrices = as_matrices(grad[first : first + count], columns_first=True).mT
-            matrices = matrices.reshape(groups, images * positions, outputs)
-            product = wide_product(matrices.mT, patches.view(groups, images * positions, width))
-            parts[place : place + groups] = product
-            place += groups
-        return parts
+            matrices = matrices.reshape(parts, -1, outputs)
+            products.append(wide_product(matrices.mT, patches.view(parts, -1, width)))
+        return products[0] if len(products) == 1 else torch.cat(products)
 
     shape = (positions * taps, ranks, padded)
-    found = launch_fitting("convolution_weight_grad, patches", shape, (grad.dtype, with_bias), patch_tiles_for, start)
-    if found is None:
+    parts = launch_fitting("convolution_weight_grad, patches", shape, (grad.dtype, with_bias), patch_tiles_for, start)
+    if parts is None:
         return None
     if len(parts) > MAX_EXPANDED_SPLITS:
         parts = sum_parts(parts, torch.float32)[0].unsqueeze(0)
@@ -317,19 +354,11 @@ def patch_tiles_for(rows: int, ranks: int, width: int) -> list[Tile]:
     return [Tile(rows, power_of_two(ranks), 4, 1) for rows in (128, 64, 16)]
 
 
-def _pieces(batch: int, positions: int, outputs: int, width: int) -> Iterator[tuple[int, int, int]]:
-    """First image, groups and images a group of the library's products: groups to fill a GPU, and one for the rest."""
-    at_once = max(1, min(batch, PATCHES_BYTES // (2 * positions * width)))
-    at_once = cdiv(batch, cdiv(batch, at_once))
+def _groups(images: int, batch: int, outputs: int, width: int) -> int:
+    """Products that a share of the batch is taken in, a divisor of its images; they fill a GPU if there is room."""
     tiles = cdiv(outputs, LIBRARY_TILE) * cdiv(width, LIBRARY_TILE)
-    room = PARTS_BYTES * at_once // (4 * outputs * width * batch)
-    groups = max(1, min(LIBRARY_PROGRAMS // tiles, room, at_once))
-    for first in range(0, batch, at_once):
-        images = min(at_once, batch - first)
-        each = max(1, images // groups)
-        yield first, images // each, each
-        if images % each:
-            yield first + images // each * each, 1, images % each
+    most = max(1, min(LIBRARY_PROGRAMS // tiles, PARTS_BYTES * images // (4 * outputs * width * batch)))
+    return max(count for count in range(1, most + 1) if images % count == 0)
 
 
 def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -55,11 +55,13 @@ from lance_kernels.ops.tucker import Factors, mode_product, mode_product_flops, 
 MAX_TAPS_RANKS = 64  # of one spatial mode, padded
 MAX_CHANNEL_RANK = 128
 
-# For choosing a way only, measured on an H100: bytes and operations a second; bytes of what is copied to another
-# layout; operations of the shifted kernel, of products too small for the library's best, and of its weight gradient at
-# `HALF_RATE_CHANNELS`; seconds of a launch.
-BANDWIDTH, RATE, COPY_BANDWIDTH = 3.0e12, 6.0e14, 1.1e12
-SHIFTED_RATE, NARROW_RATE, HALF_RATE_CHANNELS, LAUNCH = 5.0e13, 1.0e13, 64, 4e-6
+# For choosing a way only, from an H100: bytes a second that are read or written at best, copied to another layout (a
+# guess), read of Q, and of P; operations a second of the library's large products, of those with P, of the shifted
+# kernel and of small float32 products; channels at which the library's weight gradient has half its rate; seconds of a
+# launch, and of a small product in float32.
+BANDWIDTH, COPY_BANDWIDTH, CONTRACT_BANDWIDTH, PATCH_BANDWIDTH = 3.0e12, 1.5e12, 1.0e12, 1.5e12
+RATE, PATCH_RATE, SHIFTED_RATE, SMALL_RATE = 6.0e14, 3.5e14, 4.5e13, 8.0e12
+HALF_RATE_CHANNELS, LAUNCH, SMALL_PRODUCT = 64, 4e-6, 1.5e-5
 
 
 @triton.jit
@@ -358,11 +360,13 @@ def costs(
     image = [core if size is None else size for core, size in zip(core_size[2:], sizes)]
     image_bytes = itemsize * samples * channels * math.prod(image)
     operations = 2 * samples * math.prod(output[1:]) * math.prod(weight_size[2:]) * channels
-    expand = mode_product_flops(core_size, [None, None, *sizes])
     # The image is written and read by one product a mode, then read by the library's convolution.
     rate = RATE * channels / (channels + HALF_RATE_CHANNELS)
     expanded = rearranged + max((grad_bytes + image_bytes) / BANDWIDTH, operations / rate) + 8 * LAUNCH
-    expanded += max(2 * image_bytes / BANDWIDTH, expand / NARROW_RATE)
+    expanded += 2 * image_bytes / BANDWIDTH + sum(size is not None for size in sizes) * SMALL_PRODUCT
+    expanded += (
+        mode_product_flops(core_size, [None, None, *sizes]) + 2 * math.prod(weight_size) * channels
+    ) / SMALL_RATE
     if len(output) != 4 or None in sizes or channels > MAX_CHANNEL_RANK or itemsize > 4:
         return Costs(math.inf, expanded, math.inf, math.inf)
     taps, ranks = (weight_size[2], weight_size[3]), (core_size[2], core_size[3])
@@ -378,13 +382,13 @@ def costs(
     pitch = folded_columns(all_taps, all_ranks)
     if itemsize != 2 or positions * pitch > MAX_FOLDED or all_ranks > MAX_RANKS:
         return Costs(shifted, expanded, math.inf, math.inf)
-    # Q is float32, written and read; P is written and read as grad_output is.
-    projected = max((grad_bytes + 4 * samples * output[1] * pitch) / BANDWIDTH, grad_bytes * pitch / RATE)
-    projected += 4 * samples * output[1] * pitch / BANDWIDTH + (0.0 if is_rows else rearranged) + 3 * LAUNCH
+    projected_bytes = 4 * samples * output[1] * pitch
+    projected = max((grad_bytes + projected_bytes) / BANDWIDTH, grad_bytes * pitch / RATE)
+    projected += projected_bytes / CONTRACT_BANDWIDTH + (0.0 if is_rows else rearranged) + 4 * LAUNCH
     columns = all_taps * padded + ONES
     patches_bytes = 2 * samples * positions * columns
-    patches = patches_bytes / BANDWIDTH + rearranged + 3 * LAUNCH
-    patches += max((grad_bytes + patches_bytes) / BANDWIDTH, grad_bytes * columns / RATE)
+    patches = max((grad_bytes + patches_bytes) / PATCH_BANDWIDTH, grad_bytes * columns / PATCH_RATE)
+    patches += patches_bytes / PATCH_BANDWIDTH + rearranged + 4 * LAUNCH
     return Costs(shifted, expanded, projected, patches)
 
 
@@ -482,7 +486,10 @@ def _library_sums(
         image = image if factor is None else mode_product(image, factor.float(), mode)
     plain: list[torch.Tensor | None] = [None] * core.dim()
     thin = [weight_size[0], core.shape[1], *weight_size[2:]]
-    return _weight_grad_expanded(grad, image.to(core.dtype), plain, thin, geometry._replace(groups=1))
+    image = image.to(core.dtype)
+    if grad.dim() == 4 and grad.is_contiguous(memory_format=torch.channels_last):
+        image = image.contiguous(memory_format=torch.channels_last)
+    return _weight_grad_expanded(grad, image, plain, thin, geometry._replace(groups=1))
 
 
 def convolution_weight_grad(

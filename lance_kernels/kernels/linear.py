@@ -141,10 +141,14 @@ def tiles_for(way: str, first: int, second: int, outputs: int, tokens: int, item
         listed = [tile._replace(stages=2) for tile in listed[1:]]
     listed = [tile for tile in listed if tile.stream <= max(64, power_of_two(outputs))]
     listed += [Tile(rows, 16, warps, 2) for rows, warps in ((64, 8), (32, 8), (16, 4))]
-    terms_of_float32 = 1.5 if itemsize == 4 else 1.0  # a product in three parts
+
+    def registers(tile: Tile) -> float:
+        held = tile.stream * (inner + second) + operands + (tile.sum * second if way == "expand" else 0)
+        return (1.5 if itemsize == 4 else 1.0) * held / (32 * tile.warps)  # float32 is a product in three parts
+
     return by_preference(
         listed,
-        registers=lambda tile: terms_of_float32 * (tile.stream * (inner + second) + operands) / (32 * tile.warps),
+        registers=registers,
         shared=lambda tile: tile.stages * stage(tile.stream, tile.sum) + held(tile.stream),
         rereads=lambda tile: inner / tile.stream,
     )
