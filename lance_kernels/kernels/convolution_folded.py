@@ -26,6 +26,7 @@ import triton.language as tl
 from lance_kernels.kernels._common import (
     Tile,
     cdiv,
+    has_wide_units,
     launch_fitting,
     nearest,
     nearest_tf32,
@@ -295,7 +296,8 @@ def projected_sums(
 def contract_tiles_for(outputs: int, taps: int, ranks: int, width: int) -> list[Tile]:
     """Tiles of `contract_kernel`, which sum over the ranks of some images at once."""
     terms = max(64, power_of_two(ranks))
-    listed = [Tile(64, terms, 4, 3), Tile(64, terms, 4, 2), Tile(32, terms, 4, 2), Tile(16, terms, 4, 1)]
+    warps = 4 if has_wide_units() else 8  # operands of other matrix units lie in registers
+    listed = [Tile(64, terms, warps, 3), Tile(64, terms, warps, 2), Tile(32, terms, 4, 2), Tile(16, terms, 4, 1)]
     return [tile for tile in listed if 4 * tile.stages * tile.stream * terms <= 96 * 1024] or listed[-1:]
 
 

@@ -409,8 +409,9 @@ def convolution_weight_grads(
     weight_size: Sequence[int],
     geometry: Geometry,
     with_bias: bool,
+    way: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight gradient, and the bias gradient or None; from one read where the way of choice has it.
+    """Weight gradient, and the bias gradient or None; from one read where the way has it.
 
     Args:
         grad_output: `(B, O, *S')`.
@@ -419,6 +420,7 @@ def convolution_weight_grads(
         weight_size: `(O, C / groups, *K)`.
         geometry: the convolution's.
         with_bias: whether to sum `grad_output` up too.
+        way: a field of `Costs` whose way is there; None for the cheapest.
     """
     _check(grad_output, core, factors, weight_size, geometry)
     batch, feature, *spatial = factors
@@ -428,8 +430,10 @@ def convolution_weight_grads(
         return grad_weight, bias_grad(grad_output) if with_bias else None
     # A factor of the batch widens the core, which is small, instead of narrowing grad_output.
     kept = core if batch is None else mode_product(core.float(), batch.float(), 0).to(core.dtype)
-    given = [factor for factor in spatial if factor is not None]
-    sums, bias_sums = _sums(grad_output, kept, factors, given, weight_size, geometry, with_bias)
+    if way is None:
+        cost = costs_for(grad_output, kept, factors, weight_size, geometry)
+        way = min(cost._fields, key=lambda field: getattr(cost, field))
+    sums, bias_sums = _sums(way, grad_output, kept, spatial, weight_size, geometry, with_bias)
     taps = (weight_size[2], weight_size[3]) if len(weight_size) == 4 else None
     if sums is not None and taps is not None and feature is not None and geometry.groups == 1:
         grads = reduce_and_expand(sums, feature, grad_output.dtype, bias_sums, taps=taps)
@@ -452,29 +456,34 @@ def convolution_weight_grads(
     return (rows @ grouped).reshape(tuple(weight_size)).to(grad_output.dtype), grad_bias
 
 
+def costs_for(
+    grad: torch.Tensor, core: torch.Tensor, factors: Factors, weight_size: Sequence[int], geometry: Geometry
+) -> Costs:
+    """The cost of each way for these tensors; the batch of `core` as it is contracted."""
+    shapes = tuple(None if shape is None else (shape[0], shape[1]) for shape in _shapes([None, *factors[1:]]))
+    rows = grad.dim() == 4 and is_rows(grad)
+    last = grad.dim() == 4 and grad.is_contiguous(memory_format=torch.channels_last)
+    return costs(tuple(core.shape), shapes, tuple(weight_size), _hashable(geometry), grad.element_size(), rows, last)
+
+
 def _sums(
+    way: str,
     grad: torch.Tensor,
     core: torch.Tensor,
-    factors: Factors,
-    spatial: list[torch.Tensor],
+    spatial: Factors,
     weight_size: Sequence[int],
     geometry: Geometry,
     with_bias: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Partial sums of the cheapest way, and of the bias gradient where it has them; None for the expanded way."""
-    shapes = tuple(None if shape is None else (shape[0], shape[1]) for shape in _shapes([None, *factors[1:]]))
-    rows = grad.dim() == 4 and is_rows(grad)
-    last = grad.dim() == 4 and grad.is_contiguous(memory_format=torch.channels_last)
-    cost = costs(tuple(core.shape), shapes, tuple(weight_size), _hashable(geometry), grad.element_size(), rows, last)
-    least = min(cost)
-    if least == cost.expanded:
+    """Partial sums of a way, and of the bias gradient where it has them; None for the expanded way."""
+    if way == "expanded":
         return None, None
-    if least == cost.shifted:
-        return shifted_sums(grad, core, spatial, weight_size, geometry), None
-    way, dtype = (projected_sums, grad.dtype) if least == cost.projected else (patch_sums, torch.float32)
-    folded = folded_factor(spatial, grad.shape[2:], weight_size[2:], geometry, dtype)
-    found = way(grad, core, folded, weight_size[2:], with_bias)
-    return (None, None) if found is None else found
+    given = [factor for factor in spatial if factor is not None]
+    if way == "shifted":
+        return shifted_sums(grad, core, given, weight_size, geometry), None
+    run, dtype = (projected_sums, grad.dtype) if way == "projected" else (patch_sums, torch.float32)
+    folded = folded_factor(given, grad.shape[2:], weight_size[2:], geometry, dtype)
+    return run(grad, core, folded, weight_size[2:], with_bias) or (None, None)
 
 
 def _library_sums(

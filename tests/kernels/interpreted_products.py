@@ -15,9 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from lance_kernels.kernels import convolution_folded, convolution_weight_grad, linear, tucker
+from lance_kernels.kernels import convolution_weight_grad, linear, tucker
 from lance_kernels.kernels._common import MAX_REREADS, WORKSPACE_BYTES, WORKSPACE_SHARE, nearest, nearest_tf32
 from lance_kernels.kernels._reduction import MAX_EXPANDED_SPLITS, reduce_and_expand, sum_kernel, sum_parts
+from lance_kernels.kernels.convolution_weight_grad import convolution_weight_grads
 from lance_kernels.ops.convolution import Geometry, output_size
 from lance_kernels.ops.convolution_weight_grad import _weight_grad
 from tests.kernels.strict import Launch, strict
@@ -107,32 +108,18 @@ def convolution_grad(
     geometry: Geometry,
     dtype: torch.dtype,
     layout: str = "contiguous",
-    way: str = "shifted",
+    way: str | None = "shifted",
 ) -> list[Launch]:
-    """One way, whatever the cost model says, or the `cheapest`: the whole launcher."""
+    """One way, whatever the cost model says, or the cheapest."""
     factors = rounded(factors_for(shape, ranks), dtype)
     grad = lay_out(torch.randn(output_size(shape, weight, geometry)).to(dtype), layout)
     core = torch.randn([rank or size for size, rank in zip(shape, ranks)]).to(dtype)
     with strict(counted=COUNTED) as launches:
-        spatial = [factor for factor in factors[2:] if factor is not None]
-        bias_parts = bias_grad = None
-        if way == "cheapest":
-            arguments = (grad, core, factors, weight, *geometry)
-            product, bias_grad = convolution_weight_grad.convolution_weight_bias_grad(*arguments)
-        elif way == "shifted":
-            parts = convolution_weight_grad.shifted_sums(grad, core, spatial, weight, geometry)
-        else:
-            folds = convolution_folded.projected_sums if way == "projected" else convolution_folded.patch_sums
-            folded_dtype = dtype if way == "projected" else FP32
-            folded = convolution_folded.folded_factor(spatial, grad.shape[2:], weight[2:], geometry, folded_dtype)
-            parts, bias_parts = folds(grad, core, folded, weight[2:], with_bias=True)
-        if way != "cheapest":
-            product, bias_grad = reduce_and_expand(parts, factors[1], dtype, bias_parts, taps=weight[2:])
+        product, bias_grad = convolution_weight_grads(grad, core, factors, weight, geometry, True, way)
     wide = [None if factor is None else factor.double() for factor in factors]
     expected = _weight_grad(grad.double(), core.double(), wide, list(weight), geometry)
     assert_near(product, expected, factor=3, terms=grad[:, 0].numel())
-    if bias_grad is not None:
-        assert_near(bias_grad, grad.double().sum([0, *range(2, grad.dim())]), factor=2, terms=grad[:, 0].numel())
+    assert_near(bias_grad, grad.double().sum([0, *range(2, grad.dim())]), factor=2, terms=grad[:, 0].numel())
     if way == "shifted":
         assert_read_once(launches[0], "grad", grad.numel())
         assert_workspace(launches[0], "parts", grad)
@@ -246,16 +233,14 @@ def check_convolution() -> None:
             convolution_grad((5, 10, 8, 8), (None, 5, 3, 2), (24, 10, 3, 3), square, BF16, layout, way)
         convolution_grad((3, 10, 19, 21), (None, 5, 3, 2), (20, 10, 3, 2), strided, FP16, "contiguous", way)
         convolution_grad((7, 40, 7, 7), (None, 33, 3, 3), (40, 40, 1, 1), plain((1, 1)), BF16, "contiguous", way)
-    launches = convolution_grad(
-        (3, 10, 24, 24), (2, 5, 2, 2), (6, 5, 3, 3), square._replace(groups=2), BF16, way="cheapest"
-    )
+    launches = convolution_grad((3, 10, 24, 24), (2, 5, 2, 2), (6, 5, 3, 3), square._replace(groups=2), BF16, way=None)
     assert len(launches) == 1
     wide = plain((7, 7))
-    assert not convolution_grad((2, 10, 12, 12), (None, 3, 10, 10), (8, 10, 7, 7), wide, FP32, way="cheapest")
-    assert not convolution_grad((2, 10, 9), (None, 3, 4), (8, 10, 3), plain((3,)), BF16, way="cheapest")
-    assert not convolution_grad((2, 10, 9, 9), (None, 3, None, 4), (8, 10, 3, 3), square, FP16, way="cheapest")
+    assert not convolution_grad((2, 10, 12, 12), (None, 3, 10, 10), (8, 10, 7, 7), wide, FP32, way=None)
+    assert not convolution_grad((2, 10, 9), (None, 3, 4), (8, 10, 3), plain((3,)), BF16, way=None)
+    assert not convolution_grad((2, 10, 9, 9), (None, 3, None, 4), (8, 10, 3, 3), square, FP16, way=None)
     assert not convolution_grad(
-        (2, 10, 9, 9), (None, 3, 3, 4), (10, 1, 3, 3), square._replace(groups=10), FP16, way="cheapest"
+        (2, 10, 9, 9), (None, 3, 3, 4), (10, 1, 3, 3), square._replace(groups=10), FP16, way=None
     )
 
 

@@ -11,6 +11,7 @@ from triton.runtime.autotuner import OutOfResources
 
 from lance_kernels.kernels import _common, convolution_weight_grad, linear, tucker
 from lance_kernels.kernels._reduction import MAX_EXPANDED_SPLITS, reduce_and_expand, sum_parts
+from lance_kernels.kernels.convolution_weight_grad import convolution_weight_grads
 from lance_kernels.ops.convolution import Geometry, output_size
 from lance_kernels.ops.convolution_weight_grad import _reference
 from lance_kernels.ops.linear import _weight_grad_reference
@@ -241,10 +242,37 @@ def test_the_tile_that_fits_is_kept(monkeypatch):
     assert tried == [large, small, small]
 
 
-def test_ways_of_the_convolution_weight_grad_are_chosen_by_cost():
-    for (shape, ranks, outputs), shifts in zip(CONVOLUTIONS, (True, False)):
-        core = tuple(rank or size for size, rank in zip(shape, ranks))
-        shapes = tuple(None if rank is None else (size, rank) for size, rank in zip(shape, ranks))
-        geometry = convolution_weight_grad._hashable(SAME)
-        cost = convolution_weight_grad.costs(core, shapes, (outputs, shape[1], 3, 3), geometry, 2)
-        assert (cost.shifted < cost.expanded) == shifts
+@pytest.mark.parametrize(
+    ("shape", "ranks", "outputs", "kernel", "channels_last", "way"),
+    [
+        (*CONVOLUTIONS[0], 3, False, "projected"),
+        (*CONVOLUTIONS[0], 3, True, "projected"),
+        (*CONVOLUTIONS[1], 3, False, "patches"),
+        (*CONVOLUTIONS[1], 3, True, "patches"),
+        ((128, 1024, 14, 14), (None, 128, 6, 6), 256, 1, True, "projected"),
+        ((128, 64, 56, 56), (None, 16, 8, 8), 64, 3, False, "shifted"),
+        ((128, 64, 56, 56), (None, 16, 30, 30), 64, 3, False, "expanded"),
+    ],
+)
+def test_ways_of_the_convolution_weight_grad_are_chosen_by_cost(shape, ranks, outputs, kernel, channels_last, way):
+    geometry = SAME._replace(padding=[kernel // 2] * 2)
+    weight = (outputs, shape[1], kernel, kernel)
+    grad = images(output_size(shape, weight, geometry), channels_last)
+    factors = factors_for(shape, ranks)
+    cost = convolution_weight_grad.costs_for(grad, core_for(shape, ranks), factors, weight, geometry)
+    assert getattr(cost, way) == min(cost)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("way", ["projected", "patches"])
+@pytest.mark.parametrize(("shape", "ranks", "outputs"), CONVOLUTIONS)
+def test_ways_around_the_library_compile_well(capability, way, shape, ranks, outputs):
+    few = (8, *shape[1:])
+    weight = (outputs, shape[1], 3, 3)
+    grad, factors = images(output_size(few, weight, SAME), False), factors_for(few, ranks)
+    with compiling_for(capability) as compiled:
+        convolution_weight_grads(grad, core_for(few, ranks), factors, weight, SAME, True, way)
+    assert {"contract_kernel" if way == "projected" else "patches_kernel", "reduce_kernel"} <= {
+        kernel.name for kernel in compiled
+    }
+    assert_without_spills(compiled, least_bytes=2)
