@@ -14,6 +14,7 @@ from benchmarks import environment
 from benchmarks.environment import ROOT
 from benchmarks.gpu import dram
 from benchmarks.gpu.cases import SUITE
+from benchmarks.gpu.device import PROFILED
 from benchmarks.gpu.models import MODEL_CASES
 from benchmarks.registry import Context
 from benchmarks.results import Results, Row
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--tile", nargs="+", metavar="KERNEL=STREAM,SUM,WARPS,STAGES[,BLOCKS]", help="use these tiles; for tuning"
     )
+    arguments.add_argument("--profile", action="store_true", help="print what every method launches, and for how long")
     arguments.add_argument("--dram", action="store_true", help="count the bytes read from memory with ncu instead")
     arguments.add_argument("--list", action="store_true", help="list the cases and stop")
     return arguments
@@ -56,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     for entry in options.tile or ():
         kernel, numbers = entry.split("=")
         _common.FORCED[kernel] = _common.Tile(*map(int, numbers.split(",")))
+    if options.profile:
+        PROFILED.append(True)
     here = environment.current(options.device)
     path = options.output or _results_path(here.hardware, options.quick)
     torch.backends.cudnn.benchmark = True  # the dense layers' fastest algorithms

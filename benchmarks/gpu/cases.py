@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,8 @@ from benchmarks.layers import Convolution, Layer, Linear
 from benchmarks.registry import Context, Suite
 from benchmarks.results import Row
 from lance_kernels import ops
+from lance_kernels.kernels.convolution_weight_grad import convolution_weight_grads, costs_for
+from lance_kernels.ops.convolution import Geometry
 
 OURS, DENSE, PUBLISHED, COMPILED = "lance", "dense", "published", "published, compiled"
 BF16 = torch.bfloat16
@@ -129,6 +132,25 @@ def convolution_weight_grad(
     return _time(context, methods, copies, floor=floor, share=share, baseline=DENSE, targets={OURS: over_dense})
 
 
+def ways(layer: Convolution, channels_last: bool, context: Context) -> list[Row]:
+    """Weight and bias gradient by each way there is for the shape, over the library's, to set the cost model by."""
+    small, copies = _copies(layer, context, channels_last)
+    assert isinstance(small, Convolution)
+    cores = {id(tensors): tensors.project() for tensors in copies}
+    weight, geometry = list(copies[0].weight.shape), Geometry(*small.geometry)
+    cost = costs_for(copies[0].grad, cores[id(copies[0])], copies[0].factors, weight, geometry)
+
+    def run(way: str, tensors: DeviceTensors) -> object:
+        core = cores[id(tensors)]
+        return convolution_weight_grads(tensors.grad, core, tensors.factors, weight, geometry, True, way)
+
+    there = [way for way in cost._fields if getattr(cost, way) < math.inf and context.device == "cuda"]
+    methods: dict[str, layers.Step] = {DENSE: layers.dense_weight_grad(small, with_bias=True)}
+    rows = _time(context, methods | {way: partial(run, way) for way in there}, copies, baseline=DENSE)
+    expected = {way: [getattr(cost, way)] for way in there}
+    return rows + context.rows(expected, quantity="time that the model expects")
+
+
 def step(layer: Layer, over_dense: float, channels_last: bool, context: Context) -> list[Row]:
     """Forward pass and the gradients of input, weight and bias, over dense."""
     layer, copies = _copies(layer, context, channels_last)
@@ -206,6 +228,9 @@ def _register() -> None:
             grads = partial(convolution_weight_grad, layer, 0.6, 0.35, last)
             add(f"convolution weight gradient{words}: {layer.name}", grads)
             add(f"convolution step{words}: {layer.name}", partial(step, layer, over_dense, last))
+    for layer in (shapes.CONV_28, shapes.CONV_7, shapes.CONV_14, shapes.POINT_14, shapes.CONV_56):
+        add(f"ways: {layer.name}", partial(ways, layer, False))
+        add(f"ways, channels last: {layer.name}", partial(ways, layer, True))
     for layer, over_dense in ((shapes.STEP_WIDE, 0.71), (shapes.STEP_MIDDLE, 0.80), (shapes.STEP_NARROW, 0.90)):
         add(f"linear step: {layer.name}", partial(step, layer, over_dense, False))
     for method, target in ((PUBLISHED, 0.6), (COMPILED, 0.8)):

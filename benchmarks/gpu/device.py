@@ -15,7 +15,9 @@ Inputs = TypeVar("Inputs")
 
 CACHE_BYTES = 128 * 2**20  # more than twice the L2 cache of an H100
 SHORT = 5e-3  # seconds under which launching would be timed too, but for a graph
+MOST_KERNELS = 20  # of a method, that are listed
 AHEAD = 4_000_000  # clock cycles that the device waits for launches to queue up
+PROFILED: list[bool] = []  # not empty: what every method launches is printed
 
 
 def copies_for(input_bytes: int) -> int:
@@ -53,6 +55,8 @@ def measure(
     if not copies:
         raise ValueError("copies is empty; expected at least one copy of the inputs")
     timers = _timers(methods, copies, device, graphs, short)
+    if PROFILED and device == "cuda":
+        print(*kernels(methods, copies[0]), sep="\n", flush=True)
     samples: dict[str, list[float]] = {name: [] for name in methods}
     order, shuffle = list(methods), random.Random(seed).shuffle
     start = time.perf_counter()
@@ -63,6 +67,23 @@ def measure(
         for name in order:
             samples[name].append(timers[name]())
     return samples
+
+
+def kernels(methods: Mapping[str, Callable[[Inputs], object]], inputs: Inputs) -> list[str]:
+    """Lines that say what each method launches on a GPU and how long it takes, the longest first."""
+    lines = []
+    for name, method in methods.items():
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            method(inputs)
+            torch.cuda.synchronize()
+        launched = [entry for entry in found.key_averages() if entry.self_device_time_total > 0]
+        launched.sort(key=lambda entry: -entry.self_device_time_total)
+        total = sum(entry.self_device_time_total for entry in launched)
+        lines.append(f"  {name}: {total:.0f} us in {sum(entry.count for entry in launched)} launches")
+        for entry in launched[:MOST_KERNELS]:
+            lines.append(f"    {entry.self_device_time_total:9.1f} us x{entry.count:<4} {entry.key[:90]}")
+    return lines
 
 
 def _timers(

@@ -80,14 +80,14 @@ def trainable(tensors: DeviceTensors) -> DeviceTensors:
     return replace(tensors, **leaves)
 
 
-def dense_weight_grad(layer: Convolution) -> Step:
-    """The library's weight gradient alone."""
+def dense_weight_grad(layer: Convolution, with_bias: bool = False) -> Step:
+    """The library's weight gradient, alone or with that of the bias."""
 
     def run(tensors: DeviceTensors) -> object:
         stride, padding, dilation, groups = layer.geometry
         return torch.ops.aten.convolution_backward(
-            tensors.grad, tensors.x, tensors.weight, None, stride, padding, dilation, False, [0, 0], groups,
-            [False, True, False],
+            tensors.grad, tensors.x, tensors.weight, list(tensors.bias.shape), stride, padding, dilation, False, [0, 0],
+            groups, [False, True, with_bias],
         )  # fmt: skip
 
     return run

@@ -21,6 +21,9 @@ IMAGE_56 = Convolution("256x256x56x56, ranks 32,8,8", 256, 256, 256, 3, 56, (32,
 IMAGE_14 = Convolution("256x1024x14x14, ranks 64,4,4", 256, 1024, 1024, 3, 14, (64, 4, 4))
 CONV_28 = Convolution("256->256 3x3, 28x28, B=128, ranks 32,6,6", 128, 256, 256, 3, 28, (32, 6, 6))
 CONV_7 = Convolution("512->512 3x3, 7x7, B=256, ranks 64,3,3", 256, 512, 512, 3, 7, (64, 3, 3))
+CONV_56 = Convolution("64->64 3x3, 56x56, B=128, ranks 16,8,8", 128, 64, 64, 3, 56, (16, 8, 8))
+CONV_14 = Convolution("256->256 3x3, 14x14, B=128, ranks 64,5,5", 128, 256, 256, 3, 14, (64, 5, 5))
+POINT_14 = Convolution("1024->256 1x1, 14x14, B=128, ranks 128,6,6", 128, 1024, 256, 1, 14, (128, 6, 6))
 
 
 @dataclass(frozen=True)
