@@ -31,7 +31,7 @@ class Environment:
         python: version of Python.
         lance: version of `lance_kernels`.
         kernels: `reference`, or the instruction set for which the compiled kernels ran.
-        commit: hash of the checked-out commit; outside a checkout what LANCE_COMMIT says, else `unknown`.
+        commit: what LANCE_COMMIT says, else the hash of the checked-out commit; outside a checkout `unknown`.
         dirty: whether measured files differed from that commit.
     """
 
@@ -89,13 +89,15 @@ def processor_name() -> str:
 
 
 def code_state() -> tuple[str, str]:
-    """The checked-out commit, and a digest of how the measured files differ from it (empty when they do not)."""
+    """The commit LANCE_COMMIT names, else the checked-out one; and a digest of how measured files differ from it."""
+    if named := os.environ.get("LANCE_COMMIT"):
+        return named, ""
     try:
         commit = _git("rev-parse", "HEAD").strip()
         changed = _git("status", "--porcelain", "--", *MEASURED_PATHS)
         difference = _git("diff", "HEAD", "--", *MEASURED_PATHS)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("LANCE_COMMIT", "unknown"), ""
+        return "unknown", ""
     return commit, hashlib.sha256((changed + difference).encode()).hexdigest() if changed else ""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks import demo_tables, suites
 from benchmarks.environment import ROOT
+from benchmarks.gpu.cases import SUITE as GPU
 from benchmarks.registry import SUITES
 from benchmarks.results import Results
 from benchmarks.runner import markdown, present
@@ -36,6 +37,8 @@ def render(text: str, results: Path = RESULTS, *, strict: bool = True) -> str:
 
     def part(match: re.Match[str]) -> str:
         name = match["suite"]
+        if name == GPU.name:
+            return _devices(match[0], results / name, strict)
         path = results / name / "results.json"
         if name in SUITES and not path.exists() and not strict:
             return match[0]
@@ -46,6 +49,17 @@ def render(text: str, results: Path = RESULTS, *, strict: bool = True) -> str:
         return f"<!-- results: {name} -->\n{table}\n{image}\n<!-- end of results -->"
 
     return MARKED.sub(part, text)
+
+
+def _devices(part: str, folder: Path, strict: bool) -> str:
+    """The marked part of the suite that writes a file a device."""
+    files = sorted(folder.glob("*.json"))
+    if not files and not strict:
+        return part
+    if not files:
+        raise ValueError(f"README marks results of {GPU.name!r}; {folder} holds no file of a device")
+    rows = [row for file in files for row in Results.read(file).rows]
+    return f"<!-- results: {GPU.name} -->\n{markdown(GPU, rows)}<!-- end of results -->"
 
 
 def update(output: Path) -> None:

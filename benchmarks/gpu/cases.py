@@ -23,7 +23,7 @@ OURS, DENSE, PUBLISHED, COMPILED = "lance", "dense", "published", "published, co
 BF16 = torch.bfloat16
 
 SUITE = Suite(
-    "gpu", "Kernels and layers on a GPU", "make gpu", devices=("cuda", "cpu")
+    "gpu", "Kernels and layers on a GPU", "make gpu GPU_ARGS=--models", devices=("cuda", "cpu")
 )  # not registered: it writes a file a device
 
 
