@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from benchmarks.gpu import layers, shapes
-from benchmarks.gpu.device import copies_for, measure
+from benchmarks.gpu.device import copies_for, host_times, measure
 from benchmarks.gpu.shapes import DeviceTensors
 from benchmarks.layers import Convolution, Layer, Linear
 from benchmarks.registry import Context, Suite
@@ -159,6 +159,15 @@ def step(layer: Layer, over_dense: float, channels_last: bool, context: Context)
     return _time(context, methods, leaves, baseline=DENSE, targets={OURS: over_dense})
 
 
+def host(layer: Layer, context: Context) -> list[Row]:
+    """The host's time of a small layer's step, which a GPU that is faster waits for, over dense."""
+    layer = shapes.small(layer)
+    leaves = layers.trainable(shapes.tensors(layer, context.device, BF16, context.seed))
+    methods = {DENSE: layers.with_gradients(layers.dense(layer)), OURS: layers.with_gradients(layers.ours(layer))}
+    samples = host_times(methods, leaves, context.device, rounds=3 if context.quick else 20)
+    return context.rows(samples, quantity="host time", baseline=DENSE)
+
+
 def over_published(layer: Linear, method: str, target: float, context: Context) -> list[Row]:
     """The same step over the published layer's, eager or compiled."""
     small, copies = _copies(layer, context)
@@ -233,6 +242,8 @@ def _register() -> None:
         add(f"ways, channels last: {layer.name}", partial(ways, layer, True))
     for layer, over_dense in ((shapes.STEP_WIDE, 0.71), (shapes.STEP_MIDDLE, 0.80), (shapes.STEP_NARROW, 0.90)):
         add(f"linear step: {layer.name}", partial(step, layer, over_dense, False))
+    for layer, words in ((shapes.STEP_NARROW, "linear"), (shapes.CONV_28, "convolution")):
+        add(f"host time of a step: {words}", partial(host, layer))
     for method, target in ((PUBLISHED, 0.6), (COMPILED, 0.8)):
         run = partial(over_published, shapes.STEP_WIDE, method, target)
         add(f"linear step over {method}: {shapes.STEP_WIDE.name}", run)

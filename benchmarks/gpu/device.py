@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import cProfile
 import math
+import pstats
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +68,39 @@ def measure(
         shuffle(order)
         for name in order:
             samples[name].append(timers[name]())
+    return samples
+
+
+def host_times(
+    methods: Mapping[str, Callable[[Inputs], object]], inputs: Inputs, device: str, *, rounds: int, calls: int = 50
+) -> dict[str, list[float]]:
+    """Seconds of the host's time a call, launches not waited for: what bounds a step of many small layers.
+
+    Args:
+        methods: functions of the inputs, by name; the device should be done with a call before the next.
+        inputs: the inputs.
+        device: `cuda`, or `cpu` for a trial of the suite.
+        rounds: rounds, in each of which every method is called `calls` times.
+        calls: calls a round.
+
+    Returns:
+        One value a round, by name.
+    """
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    samples: dict[str, list[float]] = {name: [] for name in methods}
+    for name, method in methods.items():
+        for _ in range(3):
+            method(inputs)
+        if PROFILED:
+            profile = cProfile.Profile()
+            profile.runcall(lambda method=method: [method(inputs) for _ in range(calls)])
+            print(f"  {name}, {calls} calls:", flush=True)
+            pstats.Stats(profile).sort_stats("tottime").print_stats(MOST_KERNELS)
+    for _ in range(rounds):
+        for name, method in methods.items():
+            wait()
+            samples[name].append(_clock(lambda method=method: [method(inputs) for _ in range(calls)]) / calls)
+    wait()
     return samples
 
 

@@ -154,9 +154,14 @@ def cdiv(size: int, block: int) -> int:
     return -(-size // block)
 
 
+def next_power_of_two(size: int) -> int:
+    """The least power of two that is not below `size`; faster than Triton's, as `cdiv` is."""
+    return 1 << (size - 1).bit_length()
+
+
 def power_of_two(size: int) -> int:
     """The least power of two that is not below `size` and `MIN_SIDE`."""
-    return max(MIN_SIDE, 1 << (size - 1).bit_length())
+    return max(MIN_SIDE, next_power_of_two(size))
 
 
 def alignment(itemsize: int, *extents: int) -> int:

@@ -15,11 +15,13 @@ import triton.language as tl
 from lance_kernels.kernels._common import (
     PROGRAMS,
     Tile,
+    cdiv,
     has_wide_units,
     kronecker,
     launch_fitting,
     matmul_precision,
     nearest,
+    next_power_of_two,
 )
 
 # Rows and columns of the gradient that a program takes at once.
@@ -153,8 +155,8 @@ def sum_parts(
     total = parts.new_empty(parts.shape[1:], dtype=dtype)
     bias = None if bias_parts is None else parts.new_empty(bias_parts.shape[1:], dtype=bias_dtype or dtype)
     elements, outputs = total.numel(), 0 if bias is None else bias.numel()
-    block = next((size for size in SUM_BLOCKS if triton.cdiv(elements, size) >= PROGRAMS), SUM_BLOCKS[-1])
-    sum_kernel[(triton.cdiv(elements, block) + triton.cdiv(outputs, block),)](
+    block = next((size for size in SUM_BLOCKS if cdiv(elements, size) >= PROGRAMS), SUM_BLOCKS[-1])
+    sum_kernel[(cdiv(elements, block) + cdiv(outputs, block),)](
         parts,
         total,
         parts if bias_parts is None else bias_parts,
@@ -164,7 +166,7 @@ def sum_parts(
         splits,
         BIAS=bias is not None,
         BLOCK=block,
-        LANES=min(triton.next_power_of_2(splits), SUM_ELEMENTS // block),
+        LANES=min(next_power_of_two(splits), SUM_ELEMENTS // block),
         num_warps=SUM_WARPS,
     )
     return total, bias
@@ -176,7 +178,7 @@ def tiles_for(rows: int, features: int, second: int, precision: str) -> list[Til
     if precision == "tf32x3":
         tiles = [*TILES[:2], Tile(64, 32, 8, 2)] if has_wide_units() else []
         tiles += TILES_OF_THREE[max(second, 128)]
-    counts = [triton.cdiv(rows, tile.stream) * triton.cdiv(features, tile.sum) for tile in tiles]
+    counts = [cdiv(rows, tile.stream) * cdiv(features, tile.sum) for tile in tiles]
     return [tile for tile, count in zip(tiles, counts) if 2 * count >= PROGRAMS] or tiles[::-1]
 
 
@@ -211,13 +213,13 @@ def reduce_and_expand(
     weight_grad = parts.new_empty((outputs, features, *(taps or ())), dtype=dtype)
     height, width = taps or (1, 1)
     padded_width = padded_taps[1] if padded_taps else 1
-    rows, padded = outputs * height * width, triton.next_power_of_2(height * width)
+    rows, padded = outputs * height * width, next_power_of_two(height * width)
 
     def start(tile: Tile) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Taps are padded to lie side by side when they are stored.
         turned = 1 < padded <= tile.stream
-        row_tiles = triton.cdiv(outputs * padded if turned else rows, tile.stream)
-        shares = max(1, min(triton.cdiv(features, tile.sum), PROGRAMS // row_tiles))
+        row_tiles = cdiv(outputs * padded if turned else rows, tile.stream)
+        shares = max(1, min(cdiv(features, tile.sum), PROGRAMS // row_tiles))
         reduce_kernel[(row_tiles * shares,)](
             parts,
             parts if bias_parts is None else bias_parts,

@@ -22,9 +22,11 @@ from lance_kernels.kernels._common import (
     Tile,
     alignment,
     by_preference,
+    cdiv,
     convolution_precision,
     launch_fitting,
     nearest,
+    next_power_of_two,
     power_of_two,
     splits_for,
     stages_for,
@@ -172,16 +174,17 @@ class Shape(NamedTuple):
     @property
     def padded(self) -> tuple[int, int, int, int, int]:
         """Padded taps and ranks of height and width, and the padded channels' rank."""
-        (taps_h, taps_w), (rank_h, rank_w) = (map(_next, self.taps), map(_next, self.ranks))
-        # Products of taps and ranks, and of both ranks, are sides of a matrix product, of at least 16.
-        rank_h, rank_w = max(rank_h, 16 // taps_h), max(rank_w, 16 // taps_w)
-        while rank_h * rank_w < 16:
-            rank_h, rank_w = (2 * rank_h, rank_w) if rank_h < rank_w else (rank_h, 2 * rank_w)
-        return taps_h, rank_h, taps_w, rank_w, power_of_two(self.channels)
+        return _padded(self.taps, self.ranks, self.channels)
 
 
-def _next(size: int) -> int:
-    return 1 << (size - 1).bit_length()
+@functools.cache
+def _padded(taps: tuple[int, int], ranks: tuple[int, int], channels: int) -> tuple[int, int, int, int, int]:
+    (taps_h, taps_w), (rank_h, rank_w) = map(next_power_of_two, taps), map(next_power_of_two, ranks)
+    # Products of taps and ranks, and of both ranks, are sides of a matrix product, of at least 16.
+    rank_h, rank_w = max(rank_h, 16 // taps_h), max(rank_w, 16 // taps_w)
+    while rank_h * rank_w < 16:
+        rank_h, rank_w = (2 * rank_h, rank_w) if rank_h < rank_w else (rank_h, 2 * rank_w)
+    return taps_h, rank_h, taps_w, rank_w, power_of_two(channels)
 
 
 def rows_at_once(height: int) -> int:
@@ -256,7 +259,7 @@ def shifted_sums(
     align = max(output_unit, width_unit)
 
     def start(tile: Tile) -> torch.Tensor:
-        tiles = triton.cdiv(shape.outputs, tile.stream)
+        tiles = cdiv(shape.outputs, tile.stream)
         splits = splits_for(tiles, shape.batch, 4 * entries * channels, grad.numel() * shape.itemsize)
         parts = grad.new_empty((splits, entries, channels), dtype=torch.float32)
         shifted_kernel[(tiles * splits,)](

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lance_kernels.kernels._common import cdiv
+from lance_kernels.kernels._common import cdiv, next_power_of_two
 from lance_kernels.ops.pack_core import (
     FORMATS,
     MISSING,
@@ -179,7 +179,7 @@ def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
         return packed.zero_()
     # float64 is narrowed here, as the reference does, so that the kernels have one way to round.
     dense = dense.float() if dense.dtype == torch.float64 else dense
-    padded = triton.next_power_of_2(form.group)
+    padded = next_power_of_two(form.group)
     magnitudes_kernel[grid](dense, magnitudes, count, BITS=bits, GROUPS=GROUPS, GROUP=form.group, PADDED=padded)
     head, codes, scales = buffer_parts(packed, count, bits)
     base = head.view(torch.float32)
@@ -195,7 +195,7 @@ def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
         len(codes),
         BITS=bits,
         GROUPS=GROUPS,
-        DIGITS=triton.next_power_of_2(form.per_byte),
+        DIGITS=next_power_of_two(form.per_byte),
         **_format(bits),
     )
     return packed

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lance_kernels.kernels._common import cdiv
+from lance_kernels.kernels._common import cdiv, next_power_of_two
 from lance_kernels.ops._layout import empty_in_order, in_order
 from lance_kernels.ops.quantize_rows import (
     check_dequantize,
@@ -120,9 +120,9 @@ def values_kernel(
 
 def tile(rows: int, items: int, inner: int) -> tuple[int, int]:
     """Rows and items of a block: along a row where its items are neighbours, across rows where those are."""
-    across = 2 if inner > 1 else min(64, max(2, triton.next_power_of_2(rows)))
-    along = min(BLOCK // across, max(16, triton.next_power_of_2(items)))
-    return max(across, min(BLOCK // along, triton.next_power_of_2(rows))), along
+    across = 2 if inner > 1 else min(64, max(2, next_power_of_two(rows)))
+    along = min(BLOCK // across, max(16, next_power_of_two(items)))
+    return max(across, min(BLOCK // along, next_power_of_two(rows))), along
 
 
 def quantize_rows(
@@ -157,7 +157,7 @@ def quantize_rows(
         parts,
         blocks,
         **shape,
-        PARTS=max(2, triton.next_power_of_2(parts)),
+        PARTS=max(2, next_power_of_two(parts)),
     )
     return codes, steps
 

@@ -120,3 +120,41 @@ def test_report_compares_steps_with_the_same_dropout(device):
     x = torch.randn(64, 32, device=device)
     lance.calibrate(model, [x], progress=False)
     assert lance.report(model, x).gradient_cosine > 0.999
+
+
+@pytest.mark.parametrize("companions", ["none", "exact"])
+def test_a_captured_step_trains_as_an_eager_one(device, companions):
+    model = network().to(device)
+    lance.compress_(model, lance.LanceConfig(companions=companions))
+    lance.calibrate(model, [batch(device)[0]], progress=False)
+    other = copy.deepcopy(model)
+    x, labels = batch(device)
+
+    def step_of(trained):
+        optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            cross_entropy(trained(x), labels).backward()
+            optimizer.step()
+
+        return step
+
+    eager, captured = step_of(other), step_of(model)
+    for _ in range(6):
+        eager()
+    if device == "cuda":
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                captured()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured()
+        captured = graph.replay
+    for _ in range(3 if device == "cuda" else 6):
+        captured()
+    for (name, mine), theirs in zip(model.named_parameters(), other.parameters()):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5), name
