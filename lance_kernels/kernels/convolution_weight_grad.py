@@ -505,34 +505,16 @@ def _library_sums(
 
 
 def convolution_weight_grad(
-    grad_output: torch.Tensor,
-    core: torch.Tensor,
-    factors: Factors,
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    padding_mode: str = "zeros",
+    grad_output: torch.Tensor, core: torch.Tensor, factors: Factors, weight_size: Sequence[int], *geometry: Any
 ) -> torch.Tensor:
     """`lance::convolution_weight_grad`; float64, and groups narrower than the channels' rank, take the reference."""
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
-    return convolution_weight_grads(grad_output, core, factors, weight_size, geometry, with_bias=False)[0]
+    return convolution_weight_grads(grad_output, core, factors, weight_size, Geometry(*geometry), with_bias=False)[0]
 
 
 def convolution_weight_bias_grad(
-    grad_output: torch.Tensor,
-    core: torch.Tensor,
-    factors: Factors,
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    padding_mode: str = "zeros",
+    grad_output: torch.Tensor, core: torch.Tensor, factors: Factors, weight_size: Sequence[int], *geometry: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`lance::convolution_weight_bias_grad`."""
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
-    grad_weight, grad_bias = convolution_weight_grads(grad_output, core, factors, weight_size, geometry, with_bias=True)
-    assert grad_bias is not None
-    return grad_weight, grad_bias
+    """`lance::convolution_weight_bias_grad`; the same."""
+    grads = convolution_weight_grads(grad_output, core, factors, weight_size, Geometry(*geometry), with_bias=True)
+    assert grads[1] is not None
+    return grads[0], grads[1]
