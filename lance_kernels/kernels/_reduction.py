@@ -99,7 +99,7 @@ def reduce_kernel(
     o, tap = row // TAPS, row % TAPS
     inside = (o < outputs) & (tap < HEIGHT * WIDTH)
     at = o * pitch * PITCH_UNIT + (tap // WIDTH * TAPS_W + tap % WIDTH) * D
-    step = outputs.to(tl.int64) * pitch * PITCH_UNIT
+    step = tl.cast(outputs, tl.int64) * pitch * PITCH_UNIT
     d = tl.arange(0, D)
     total = tl.zeros((ROWS, D), dtype=tl.float32)
     # Loads of several splits are in flight at once.

@@ -78,7 +78,7 @@ def contract_kernel(
     BIAS: tl.constexpr,
 ):
     split, tile = tl.program_id(0) % splits, tl.program_id(0) // splits
-    step = outputs.to(tl.int64) * pitch * 4
+    step = tl.cast(outputs, tl.int64) * pitch * 4
     share = tl.cdiv(images, splits)
     first, last = split * share, tl.minimum((split + 1) * share, images)
     row = tile * ROWS + tl.arange(0, ROWS)  # (ROWS,), outputs and taps

@@ -276,3 +276,17 @@ def test_ways_around_the_library_compile_well(capability, way, shape, ranks, out
         kernel.name for kernel in compiled
     }
     assert_without_spills(compiled, least_bytes=2)
+
+
+@pytest.mark.parametrize("way", ["shifted", "projected", "patches"])
+def test_one_of_everything_compiles(way):
+    """A compiler takes an argument of one for a constant."""
+    shape, ranks, weight = (1, 1, 4, 4), (None, 1, 1, 1), (1, 1, 3, 3)
+    grad, factors = images(output_size(shape, weight, SAME), False), factors_for(shape, ranks)
+    tokens, few = (1, 1, 1), (None, 1, 1)
+    with compiling_for(90) as compiled:
+        convolution_weight_grads(grad, core_for(shape, ranks), factors, weight, SAME, True, way)
+        linear.linear_weight_bias_grad(aligned(tokens, BF16), core_for(tokens, few), factors_for(tokens, few))
+        sum_parts(torch.zeros(3, 1), BF16, torch.zeros(3, 1))
+    kernels = [kernel.name for kernel in compiled]
+    assert kernels[1:] == ["reduce_kernel", "weight_grad_kernel", "reduce_kernel", "sum_kernel"]
