@@ -80,6 +80,7 @@ def reduce_kernel(
     features,
     splits,
     shares,
+    split_step,
     pitch,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -99,7 +100,7 @@ def reduce_kernel(
     o, tap = row // TAPS, row % TAPS
     inside = (o < outputs) & (tap < HEIGHT * WIDTH)
     at = o * pitch * PITCH_UNIT + (tap // WIDTH * TAPS_W + tap % WIDTH) * D
-    step = tl.cast(outputs, tl.int64) * pitch * PITCH_UNIT
+    step = tl.cast(split_step, tl.int64) * PITCH_UNIT
     d = tl.arange(0, D)
     total = tl.zeros((ROWS, D), dtype=tl.float32)
     # Loads of several splits are in flight at once.
@@ -230,6 +231,8 @@ def reduce_and_expand(
             features,
             splits,
             shares,
+            # A stride of one split, or of one output, may be any number.
+            parts.stride(0) // PITCH_UNIT,
             parts.stride(1) // PITCH_UNIT,
             HEIGHT=height,
             WIDTH=width,

@@ -233,6 +233,8 @@ def check_convolution() -> None:
             convolution_grad((5, 10, 8, 8), (None, 5, 3, 2), (24, 10, 3, 3), square, BF16, layout, way)
         convolution_grad((3, 10, 19, 21), (None, 5, 3, 2), (20, 10, 3, 2), strided, FP16, "contiguous", way)
         convolution_grad((7, 40, 7, 7), (None, 33, 3, 3), (40, 40, 1, 1), plain((1, 1)), BF16, "contiguous", way)
+        # A view of what one output leaves has strides of its own.
+        convolution_grad((2, 10, 8, 8), (None, 5, 3, 2), (1, 10, 3, 3), square, BF16, "contiguous", way)
     launches = convolution_grad((3, 10, 24, 24), (2, 5, 2, 2), (6, 5, 3, 3), square._replace(groups=2), BF16, way=None)
     assert len(launches) == 1
     wide = plain((7, 7))
