@@ -40,6 +40,7 @@ from lance_kernels.ops.convolution import Geometry
 
 MAX_FOLDED = 2**18  # elements of S, half a megabyte
 MAX_RANKS = 256  # of both spatial modes together
+MAX_CONTRACTED = 2**13  # padded ranks times padded channels that `contract_kernel` has the registers for
 ONES = 8  # columns that one of ones may take, to keep rows at 16 bytes
 # What Q takes for a share of the batch stays in the L2 cache; P is made for as many images as this allows.
 PROJECTED_BYTES, PATCHES_BYTES = 24 * 2**20, 32 * 2**20
@@ -296,9 +297,10 @@ def projected_sums(
 def contract_tiles_for(outputs: int, taps: int, ranks: int, width: int) -> list[Tile]:
     """Tiles of `contract_kernel`, which sum over the ranks of some images at once."""
     terms = max(64, power_of_two(ranks))
+    if terms > 64:
+        return [Tile(4096 // terms, terms, 8, 2), Tile(16, terms, 8, 1)]
     warps = 4 if has_wide_units() else 8  # operands of other matrix units lie in registers
-    listed = [Tile(64, terms, warps, 3), Tile(64, terms, warps, 2), Tile(32, terms, 4, 2), Tile(16, terms, 4, 1)]
-    return [tile for tile in listed if 4 * tile.stages * tile.stream * terms <= 96 * 1024] or listed[-1:]
+    return [Tile(64, terms, warps, 3), Tile(64, terms, warps, 2), Tile(32, terms, 4, 2), Tile(16, terms, 4, 1)]
 
 
 def patch_sums(

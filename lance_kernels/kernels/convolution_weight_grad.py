@@ -33,6 +33,7 @@ from lance_kernels.kernels._common import (
 )
 from lance_kernels.kernels._reduction import reduce_and_expand
 from lance_kernels.kernels.convolution_folded import (
+    MAX_CONTRACTED,
     MAX_FOLDED,
     MAX_RANKS,
     ONES,
@@ -388,6 +389,8 @@ def costs(
     projected_bytes = 4 * samples * output[1] * pitch
     projected = max((grad_bytes + projected_bytes) / BANDWIDTH, grad_bytes * pitch / RATE)
     projected += projected_bytes / CONTRACT_BANDWIDTH + (0.0 if is_rows else rearranged) + 4 * LAUNCH
+    if power_of_two(all_ranks) * padded > MAX_CONTRACTED:
+        projected = math.inf
     columns = all_taps * padded + ONES
     patches_bytes = 2 * samples * positions * columns
     patches = max((grad_bytes + patches_bytes) / PATCH_BANDWIDTH, grad_bytes * columns / PATCH_RATE)

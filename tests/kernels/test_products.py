@@ -290,3 +290,24 @@ def test_one_of_everything_compiles(way):
         sum_parts(torch.zeros(3, 1), BF16, torch.zeros(3, 1))
     kernels = [kernel.name for kernel in compiled]
     assert kernels[1:] == ["reduce_kernel", "weight_grad_kernel", "reduce_kernel", "sum_kernel"]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_wide_ranks_are_projected_almost_without_spills(capability, dtype):
+    """More than 64 ranks, as many as the cost model leaves to the kernel with their channels, and fewer."""
+    for ranks in ((None, 64, 11, 11), (None, 33, 9, 13), (None, 16, 9, 8), (None, 32, 13, 11), (None, 9, 16, 16)):
+        shape, weight = (3, 128, 20, 20), (96, 128, 1, 1)
+        geometry = SAME._replace(padding=[0, 0])
+        grad, factors = aligned(output_size(shape, weight, geometry), dtype), factors_for(shape, ranks)
+        core = core_for(shape, ranks).to(dtype)
+        assert convolution_weight_grad.costs_for(grad, core, factors, weight, geometry).projected < math.inf
+        with compiling_for(capability) as compiled:
+            convolution_weight_grads(grad, core, factors, weight, geometry, True, "projected")
+        (kernel,) = (kernel for kernel in compiled if kernel.name == "contract_kernel")
+        assert kernel.usage["STACK"] <= 8, ranks  # at most two registers
+    for ranks in ((None, 65, 8, 9), (None, 33, 12, 12)):
+        cost = convolution_weight_grad.costs_for(
+            grad, core_for(shape, ranks).to(dtype), factors_for(shape, ranks), weight, geometry
+        )
+        assert cost.projected == math.inf
