@@ -299,8 +299,9 @@ def contract_tiles_for(outputs: int, taps: int, ranks: int, width: int) -> list[
     terms = max(64, power_of_two(ranks))
     if terms > 64:
         return [Tile(4096 // terms, terms, 8, 2), Tile(16, terms, 8, 1)]
-    warps = 4 if has_wide_units() else 8  # operands of other matrix units lie in registers
-    return [Tile(64, terms, warps, 3), Tile(64, terms, warps, 2), Tile(32, terms, 4, 2), Tile(16, terms, 4, 1)]
+    # Operands of other matrix units lie in registers.
+    first = [Tile(64, terms, 4, 3), Tile(64, terms, 4, 2)] if has_wide_units() else [Tile(64, terms, 8, 2)]
+    return [*first, Tile(32, terms, 4, 2), Tile(16, terms, 4, 1)]
 
 
 def patch_sums(
