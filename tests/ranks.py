@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
+import gc
+import os
 import traceback
 import warnings
 from pathlib import Path
@@ -19,6 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import lance_kernels as lance
+from tests import continual_cases
 
 FAST = {"timeout": datetime.timedelta(seconds=60)}
 
@@ -270,6 +274,30 @@ def tensor_parallel_weights_are_left_alone():
     assert any("tensor parallel" in str(entry.message) for entry in caught)
 
 
+def everywhere_the_same(tensor):
+    everyone = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, tensor.contiguous())
+    return all(torch.equal(one, tensor) for one in everyone)
+
+
+def two_tasks_of_a_learner():
+    rank, model = dist.get_rank(), continual_cases.network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    learner = continual_cases.learner_of(model, optimizer)
+    for number in range(2):
+        data = continual_cases.task(number, batches=4)[rank::2]
+        learner.begin_task(data)
+        before = continual_cases.weights(learner)
+        # Wrapped anew in every task: it has to know which parameters are trained.
+        continual_cases.train(DistributedDataParallel(model), optimizer, data, 20)
+        if number:
+            continual_cases.assert_protected(learner, before)
+        learner.end_task(data)
+        for protection in learner._protected.values():
+            assert everywhere_the_same(protection.layer.weight.detach())
+            assert everywhere_the_same(protection.basis.packed)
+
+
 SCENARIOS = {
     2: {
         "ddp, calibrated before": ddp,
@@ -278,6 +306,7 @@ SCENARIOS = {
         "fsdp, sharded between": functools.partial(fsdp, "between"),
         "fsdp, sharded first": functools.partial(fsdp, "after"),
         "tensor parallel": tensor_parallel_weights_are_left_alone,
+        "continual": two_tasks_of_a_learner,
     },
     3: {
         "sums": calibration_sums_over_ranks,
@@ -290,17 +319,28 @@ SCENARIOS = {
 }
 
 
+@contextlib.contextmanager
+def process_group(store, rank=0, world=1):
+    """The default process group of `world` processes that meet at the file `store`."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, **FAST)
+    try:
+        yield
+    finally:
+        # A group that a parallel module outlives is joined under the lock that its threads may wait for.
+        gc.collect()
+        dist.destroy_process_group()
+
+
 def run(rank, world, folder):
     torch.set_num_threads(1)
     results = {}
     for index, (name, scenario) in enumerate(SCENARIOS[world].items()):
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store{index}", rank=rank, world_size=world, **FAST
-        )
-        try:
-            scenario()
-            results[name] = ""
-        except Exception:
-            results[name] = traceback.format_exc()
-        dist.destroy_process_group()
+        with process_group(f"{folder}/store{index}", rank, world):
+            try:
+                scenario()
+                results[name] = ""
+            except Exception:
+                results[name] = traceback.format_exc()
     torch.save(results, Path(folder) / f"rank{rank}.pt")
+    # Threads of gloo that are left abort when they let go of a tensor while the interpreter shuts down.
+    os._exit(0)

@@ -1,4 +1,4 @@
-"""Training and calibration over several processes: DDP, FSDP2, tensor parallel; `tests/ranks.py` has what they do."""
+"""Training, calibrating and learning on over several processes: `tests/ranks.py` has what each of them does."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from lance_kernels.nn.companions import (
 )
 from tests.models import MODELS, images
 from tests.ops.companion_cases import held_bytes
+from tests.ranks import process_group
 
 
 class Block(nn.Module):
@@ -544,13 +545,11 @@ def test_autocast(mixed):
 def test_distributed_data_parallel(mixed, tmp_path):
     apply_companions(mixed, "quantized")
     expected = gradients(mixed, X)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with process_group(tmp_path / "store"):
         parallel = nn.parallel.DistributedDataParallel(mixed)
         y = parallel(X)
         y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
-    finally:
-        torch.distributed.destroy_process_group()
+        del parallel, y
     found = [p.grad for p in mixed.parameters() if p.requires_grad]
     assert_close(found, expected[2:], 1e-6)
 
