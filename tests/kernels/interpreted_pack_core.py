@@ -17,7 +17,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def main() -> None:
     torch.manual_seed(0)
     cases = 0
-    scaled = [*((dtype, 1.0) for dtype in DTYPES), (torch.float32, 1e-30), (torch.float32, 1e-42)]
+    small = ((torch.float32, 1e-30), (torch.float32, 1e-42), (torch.bfloat16, 1e-39))
+    scaled = [*((dtype, 1.0) for dtype in DTYPES), *small]
     for bits, shape, (dtype, scale) in itertools.product((8, 4, 2, 1), SHAPES, scaled):
         core = (torch.randn(shape) * torch.rand(shape) ** 10 * scale).to(dtype)
         if core.numel() > 40:

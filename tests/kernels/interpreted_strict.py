@@ -49,6 +49,12 @@ def narrow_kernel(x, y, BLOCK: tl.constexpr):
     tl.store(y + index, tl.load(x + index).to(tl.bfloat16))
 
 
+@triton.jit
+def widen_kernel(x, y, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    tl.store(y + index, tl.load(x + index).to(tl.float32))
+
+
 def product(a: torch.Tensor, b: torch.Tensor, precision: str = "ieee") -> torch.Tensor:
     c = torch.empty(a.shape[0], b.shape[1])
     dot_kernel[(1,)](a, b, c, M=a.shape[0], K=a.shape[1], N=b.shape[1], PRECISION=precision)
@@ -106,15 +112,18 @@ def check_counts() -> None:
         assert launches[-1].loads("x").sum() == 64 + 64 + 36
 
 
-def check_narrowing() -> None:
+def check_conversions() -> None:
     x, y = torch.randn(64), torch.empty(64, dtype=torch.bfloat16)
     narrow_kernel[(1,)](x, y, BLOCK=64)
     assert torch.equal(y, x.bfloat16())
+    smallest = torch.arange(-32, 32).short().view(torch.bfloat16)
+    widen_kernel[(1,)](smallest, x, BLOCK=64)
+    assert torch.equal(x.view(torch.int32), smallest.float().view(torch.int32))
 
 
 def main() -> None:
     torch.manual_seed(0)
-    checks = (check_dots, check_memory, check_order, check_narrowing)
+    checks = (check_dots, check_memory, check_order, check_conversions)
     with strict(counted=("y",)):
         for check in checks:
             check()

@@ -3,8 +3,8 @@
 Within `strict()`, for kernels of a process started with `TRITON_INTERPRET=1`:
 
 - bfloat16 operands of a dot are widened (the interpreter multiplies their bits) and float32 ones cut off, as matrix
-  units do, to what `input_precision` leaves of them; conversions to bfloat16 round to nearest; bfloat16 arithmetic is
-  refused;
+  units do, to what `input_precision` leaves of them; conversions to bfloat16 round to nearest, and back leave
+  the smallest numbers what they are; bfloat16 arithmetic is refused;
 - a masked load without `other`, a dot with a side under 16, an address outside the arguments, and an element that two
   programs store are refused;
 - programs run in shuffled order;
@@ -153,10 +153,12 @@ def _dot(
     return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
 
-def _narrowing(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
+def _converting(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     def cast(builder: InterpreterBuilder, src: TensorHandle, dst_type: Any) -> TensorHandle:
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             return TensorHandle(_bfloat16_bits(src.data), tl.bfloat16)
+        if src.dtype.scalar == tl.bfloat16 and dst_type.scalar == tl.float32:
+            return TensorHandle(_widened(src), tl.float32)
         return original(builder, src, dst_type)
 
     return cast
@@ -214,7 +216,7 @@ def _patches(machine: Machine) -> dict[tuple[type, str], Any]:
         (builder, "create_masked_load"): load_masked,
         (builder, "create_masked_store"): store_masked,
         (builder, "create_dot"): _dot,
-        (builder, "cast_impl"): _narrowing(builder.cast_impl),
+        (builder, "cast_impl"): _converting(builder.cast_impl),
         (builder, "set_grid_dim"): set_grid_dim,
         (builder, "set_grid_idx"): set_grid_index,
         (GridExecutor, "__call__"): call,
