@@ -57,8 +57,7 @@ def assert_alike(mine, theirs, tolerance):
 
 @pytest.mark.parametrize("companions", ["none", "exact"])
 @pytest.mark.parametrize("core_bits", [None, 4])
-def test_gradients_are_those_of_the_cpu(device, companions, core_bits):
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
+def test_gradients_are_those_of_the_cpu(device, companions, core_bits, full_precision):
     model = network()
     lance.compress_(model, lance.LanceConfig(companions=companions, core_bits=core_bits))
     lance.calibrate(model, [batch("cpu")[0]], progress=False)

@@ -15,10 +15,7 @@ DTYPES = (BF16, FP16, FP32, FP64) if torch.cuda.is_available() else (FP32,)  # t
 SQUARE = Geometry([1, 1], [1, 1], [1, 1], 1)
 STRIDED = Geometry([2, 1], [1, 2], [1, 2], 1, "reflect")
 
-
-@pytest.fixture(autouse=True)
-def _full_precision():
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
+pytestmark = pytest.mark.usefixtures("full_precision")
 
 
 def factors_for(shape, ranks, device):
