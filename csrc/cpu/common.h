@@ -37,12 +37,8 @@ inline void append(std::string& message, std::string_view part) {
   message += part;
 }
 
-template <std::same_as<char> Character>
-void append(std::string& message, Character part) {
-  message += part;
-}
-
 template <std::integral Number>
+  requires(!std::same_as<Number, char>)
 void append(std::string& message, Number part) {
   message += std::to_string(part);
 }
