@@ -12,9 +12,8 @@ import torch
 
 from benchmarks import environment
 from benchmarks.environment import ROOT
-from benchmarks.gpu import dram
+from benchmarks.gpu import device, dram
 from benchmarks.gpu.cases import SUITE
-from benchmarks.gpu.device import PROFILED
 from benchmarks.gpu.models import MODEL_CASES
 from benchmarks.registry import Context
 from benchmarks.results import Results, Row
@@ -58,8 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     for entry in options.tile or ():
         kernel, numbers = entry.split("=")
         _common.FORCED[kernel] = _common.Tile(*map(int, numbers.split(",")))
-    if options.profile:
-        PROFILED.append(True)
+    device.profiled = options.profile
     here = environment.current(options.device)
     path = options.output or _results_path(here.hardware, options.quick)
     torch.backends.cudnn.benchmark = True  # the dense layers' fastest algorithms

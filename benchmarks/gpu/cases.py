@@ -77,7 +77,7 @@ def bandwidth(context: Context) -> list[Row]:
     rounds = 3 if context.quick else 20
     # In a graph, copies do not run at full speed.
     methods = {"copy": lambda _: target.copy_(source)}
-    samples = measure(methods, [None], context.device, rounds=rounds, seconds=2.0, graphs=False)
+    samples = measure(methods, [None], context.device, rounds=rounds, seconds=2.0, short=0.0)
     values = {"copy": [2 * count / seconds for seconds in samples["copy"]]}
     return _rates(context, values, "bandwidth", "B/s")
 

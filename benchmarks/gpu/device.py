@@ -19,7 +19,8 @@ CACHE_BYTES = 128 * 2**20  # more than twice the L2 cache of an H100
 SHORT = 5e-3  # seconds under which launching would be timed too, but for a graph
 MOST_KERNELS = 20  # of a method, that are listed
 AHEAD = 4_000_000  # clock cycles that the device waits for launches to queue up
-PROFILED: list[bool] = []  # not empty: what every method launches is printed
+
+profiled = False  # whether what every method launches is printed
 
 
 def copies_for(input_bytes: int) -> int:
@@ -35,7 +36,6 @@ def measure(
     rounds: int,
     seconds: float,
     seed: int = 0,
-    graphs: bool = True,
     short: float = SHORT,
 ) -> dict[str, list[float]]:
     """Times methods side by side.
@@ -47,17 +47,16 @@ def measure(
         rounds: most rounds.
         seconds: time after which no further round starts; three are always measured.
         seed: seed of the order within the rounds.
-        graphs: whether launching is left out: methods are captured in CUDA graphs, all where one is short, else none,
-            and launched while the device waits.
-        short: seconds of a call under which a method counts as short.
+        short: seconds of a call under which a method counts as short. Where one is, all are captured in CUDA graphs;
+            else they are launched while the device waits. At 0 none is, and launching is timed too.
 
     Returns:
         Seconds a call, one value a round, by name. Values at the same index belong to the same round.
     """
     if not copies:
         raise ValueError("copies is empty; expected at least one copy of the inputs")
-    timers = _timers(methods, copies, device, graphs, short)
-    if PROFILED and device == "cuda":
+    timers = _timers(methods, copies, device, short)
+    if profiled and device == "cuda":
         print(*kernels(methods, copies[0]), sep="\n", flush=True)
     samples: dict[str, list[float]] = {name: [] for name in methods}
     order, shuffle = list(methods), random.Random(seed).shuffle
@@ -87,19 +86,27 @@ def host_times(
         One value a round, by name.
     """
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def repeated(method: Callable[[Inputs], object]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(calls):
+                method(inputs)
+
+        return run
+
+    runs = {name: repeated(method) for name, method in methods.items()}
     samples: dict[str, list[float]] = {name: [] for name in methods}
-    for name, method in methods.items():
-        for _ in range(3):
-            method(inputs)
-        if PROFILED:
+    for name, run in runs.items():
+        run()
+        if profiled:
             profile = cProfile.Profile()
-            profile.runcall(lambda method=method: [method(inputs) for _ in range(calls)])
+            profile.runcall(run)
             print(f"  {name}, {calls} calls:", flush=True)
             pstats.Stats(profile).sort_stats("tottime").print_stats(MOST_KERNELS)
     for _ in range(rounds):
-        for name, method in methods.items():
+        for name, run in runs.items():
             wait()
-            samples[name].append(_clock(lambda method=method: [method(inputs) for _ in range(calls)]) / calls)
+            samples[name].append(_clock(run) / calls)
     wait()
     return samples
 
@@ -122,9 +129,9 @@ def kernels(methods: Mapping[str, Callable[[Inputs], object]], inputs: Inputs) -
 
 
 def _timers(
-    methods: Mapping[str, Callable[[Inputs], object]], copies: Sequence[Inputs], device: str, graphs: bool, short: float
+    methods: Mapping[str, Callable[[Inputs], object]], copies: Sequence[Inputs], device: str, short: float
 ) -> dict[str, Callable[[], float]]:
-    clock = _clock if device == "cpu" else partial(_events, ahead=graphs)
+    clock = _clock if device == "cpu" else partial(_events, ahead=short > 0)
 
     def over_copies(method: Callable[[Inputs], object]) -> Callable[[], None]:
         def run() -> None:
@@ -138,7 +145,7 @@ def _timers(
 
     runs = {name: over_copies(method) for name, method in methods.items()}
     once = {} if device == "cpu" else {name: _warm_time(run) / len(copies) for name, run in runs.items()}
-    if graphs and once and min(once.values()) < short:
+    if once and min(once.values()) < short:
         return {name: _captured(run, len(copies), once[name]) for name, run in runs.items()}
     return {name: timer(run) for name, run in runs.items()}
 

@@ -83,10 +83,8 @@ def model_step(
     for name, model in models.items():
         called = torch.compile(model, fullgraph=True) if way == COMPILED and not context.quick else model
         runs[name] = partial(_autocast_step, context.device, training_step(called, images, labels))
-    rounds, captured = 3 if context.quick else 15, way != EAGER
-    samples = measure(
-        runs, [None], context.device, rounds=rounds, seconds=10.0, graphs=captured, short=math.inf if captured else 0.0
-    )
+    rounds, short = 3 if context.quick else 15, 0.0 if way == EAGER else math.inf
+    samples = measure(runs, [None], context.device, rounds=rounds, seconds=10.0, short=short)
     targets = {OURS: target, f"{OURS}, companions exact": companion_target}
     return context.rows(samples, baseline=PLAIN, targets=targets)
 
