@@ -212,12 +212,11 @@ def nearest_tf32(values: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def nearest(values, PRECISION: tl.constexpr):
     """Operand of a product in `PRECISION`: float32 rounded to TF32 where the matrix units would cut it off."""
-    if PRECISION == "tf32":  # noqa: SIM102 - the dtype is known no sooner
-        if values.dtype == tl.float32:
-            bits = values.to(tl.uint32, bitcast=True)
-            near = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
-            # The bits of a NaN may carry over into the sign.
-            values = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, values, near)
+    if PRECISION == "tf32" and values.dtype == tl.float32:
+        bits = values.to(tl.uint32, bitcast=True)
+        near = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        # The bits of a NaN may carry over into the sign.
+        values = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, values, near)
     return values
 
 

@@ -34,9 +34,9 @@ from lance_kernels.kernels._common import (
     splits_for,
 )
 from lance_kernels.kernels._reduction import MAX_EXPANDED_SPLITS, sum_parts
-from lance_kernels.ops._padding import pad_pairs, padded_rows, shifted_factor
 from lance_kernels.ops._prepared import prepared
 from lance_kernels.ops.convolution import Geometry
+from lance_kernels.ops.convolution_weight_grad import shifted_rows
 
 MAX_FOLDED = 2**18  # elements of S, half a megabyte
 MAX_RANKS = 256  # of both spatial modes together
@@ -182,15 +182,12 @@ def folded_factor(
         geometry: the convolution's.
         dtype: dtype of the result.
     """
-    pairs, mode = pad_pairs(geometry.padding, 2), geometry.padding_mode
-    numbers = (*geometry.stride, *geometry.dilation, *pairs, mode)
 
     def make() -> torch.Tensor:
-        shifted = []
-        for index, factor in enumerate(spatial):
-            rows = padded_rows(factor.shape[0], *pairs[index], mode, factor.device)
-            stride, dilation = geometry.stride[index], geometry.dilation[index]
-            shifted.append(shifted_factor(factor.float(), rows, output[index], kernel[index], stride, dilation))
+        shifted = [
+            shifted_rows(factor.float(), index, output[index], kernel[index], geometry)
+            for index, factor in enumerate(spatial)
+        ]
         positions, taps = math.prod(output), math.prod(kernel)
         product = torch.einsum("hik,wjl->hwijkl", *shifted).reshape(positions, taps, -1)
         padded = product.new_zeros(positions, columns(taps, product.shape[2]), dtype=dtype)
@@ -199,7 +196,7 @@ def folded_factor(
         padded[:, taps * slots(product.shape[2])] = 1
         return nearest_tf32(padded) if dtype == torch.float32 else padded
 
-    return prepared(spatial, ("folded", dtype, *output, *kernel, *numbers), make)
+    return prepared(spatial, ("folded", dtype, *output, *kernel, *geometry.hashable()), make)
 
 
 def has_flat_images(grad: torch.Tensor) -> bool:
@@ -261,7 +258,7 @@ def projected_sums(
         tiles = cdiv(outputs * taps, tile.stream)
         splits = splits_for(tiles, at_once, 4 * outputs * taps * width * shares, grad.numel() * 2)
         parts = grad.new_empty((shares * splits, outputs, *kernel, width), dtype=torch.float32)
-        bias_parts = grad.new_empty((shares * splits, outputs) if with_bias else (shares, 1), dtype=torch.float32)
+        bias_parts = grad.new_empty((shares * splits, outputs), dtype=torch.float32) if with_bias else parts
         for share, first in enumerate(range(0, batch, at_once)):
             images = min(at_once, batch - first)
             matrices = as_matrices(grad[first : first + images], columns_first=False)
@@ -270,7 +267,7 @@ def projected_sums(
                 projected,
                 core[first:],
                 parts[share * splits :],
-                bias_parts[share * splits :] if with_bias else bias_parts,
+                bias_parts[share * splits :],
                 images,
                 outputs,
                 channels,

@@ -43,7 +43,6 @@ from lance_kernels.kernels.convolution_folded import (
     projected_sums,
 )
 from lance_kernels.kernels.convolution_folded import columns as folded_columns
-from lance_kernels.ops._padding import pad_pairs, padded_rows, shifted_factor
 from lance_kernels.ops._prepared import prepared
 from lance_kernels.ops.convolution import Geometry, bias_grad, output_size
 from lance_kernels.ops.convolution_weight_grad import (
@@ -52,6 +51,7 @@ from lance_kernels.ops.convolution_weight_grad import (
     _reference,
     _shapes,
     _weight_grad_expanded,
+    shifted_rows,
 )
 from lance_kernels.ops.tucker import Factors, mode_product, mode_product_flops, ranks_of
 
@@ -314,16 +314,13 @@ def _padded_shift(
     factor: torch.Tensor, index: int, outputs: int, taps: int, geometry: Geometry, padded: Sequence[int]
 ) -> torch.Tensor:
     """The shifted factor of spatial mode `index`, `(outputs, padded taps * padded rank)`, float32."""
-    before, after = pad_pairs(geometry.padding, 2)[index]
-    stride, dilation, mode = geometry.stride[index], geometry.dilation[index], geometry.padding_mode
 
     def make() -> torch.Tensor:
-        lookup = padded_rows(factor.shape[0], before, after, mode, factor.device)
-        rows = shifted_factor(factor.float(), lookup, outputs, taps, stride, dilation)
+        rows = shifted_rows(factor.float(), index, outputs, taps, geometry)
         padding = (0, padded[1] - rows.shape[2], 0, padded[0] - taps)
         return torch.nn.functional.pad(rows, padding).flatten(1).contiguous()
 
-    return prepared([factor], ("shift", before, after, mode, outputs, taps, stride, dilation, *padded[:2]), make)
+    return prepared([factor], ("shift", index, outputs, taps, *geometry.hashable(), *padded[:2]), make)
 
 
 class Costs(NamedTuple):
@@ -398,16 +395,6 @@ def costs(
     return Costs(shifted, expanded, projected, patches)
 
 
-def _hashable(geometry: Geometry) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, str]:
-    return (
-        tuple(geometry.stride),
-        tuple(geometry.padding),
-        tuple(geometry.dilation),
-        geometry.groups,
-        geometry.padding_mode,
-    )
-
-
 def convolution_weight_grads(
     grad_output: torch.Tensor,
     core: torch.Tensor,
@@ -469,7 +456,7 @@ def costs_for(
     shapes = tuple(None if shape is None else (shape[0], shape[1]) for shape in _shapes([None, *factors[1:]]))
     rows = grad.dim() == 4 and is_rows(grad)
     last = grad.dim() == 4 and grad.is_contiguous(memory_format=torch.channels_last)
-    return costs(tuple(core.shape), shapes, tuple(weight_size), _hashable(geometry), grad.element_size(), rows, last)
+    return costs(tuple(core.shape), shapes, tuple(weight_size), geometry.hashable(), grad.element_size(), rows, last)
 
 
 def _sums(

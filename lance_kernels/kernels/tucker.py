@@ -224,7 +224,6 @@ def group_modes(sizes: Sequence[int], strides: Sequence[int], ranks: Sequence[in
     return tuple(reversed(merged))
 
 
-@functools.lru_cache(maxsize=1024)
 def plan(sizes: tuple[int, ...], strides: tuple[int, ...], ranks: tuple[int | None, ...]) -> Pass | None:
     """The launch for an input of these sizes, strides and ranks; None where there is none."""
     if math.prod(sizes) == 0 or any(stride == 0 and size > 1 for size, stride in zip(sizes, strides)):

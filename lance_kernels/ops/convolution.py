@@ -10,7 +10,14 @@ from torch.utils.flop_counter import conv_flop_count
 
 from lance_kernels.ops._checks import MOST_NUMBER, check, check_factors, check_same, factors_require_grad
 from lance_kernels.ops._padding import MODES, pad_pairs, pad_spatial, unpad_spatial_grad
-from lance_kernels.ops._registry import apply, autocast_arguments, define, once_differentiable, without_autocast
+from lance_kernels.ops._registry import (
+    apply,
+    autocast_arguments,
+    below_autograd,
+    define,
+    once_differentiable,
+    without_autocast,
+)
 from lance_kernels.ops.linear import check_lengths, core_size, fake_core, keep_core, kept_factors, restore_core
 from lance_kernels.ops.tucker import Factors, mode_product_flops, ranks_of
 
@@ -23,6 +30,10 @@ class Geometry(NamedTuple):
     dilation: Sequence[int]
     groups: int
     padding_mode: str = "zeros"
+
+    def hashable(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, str]:
+        """The fields, with tuples for lists, for keys of what is kept."""
+        return tuple(self.stride), tuple(self.padding), tuple(self.dilation), self.groups, self.padding_mode
 
 
 def convolution(
@@ -283,10 +294,11 @@ class _Convolution(torch.autograd.Function):
                 core = restore_core(core, ctx.core_size, ctx.core_bits, lengths, ctx.core_count, ctx.dtype)
                 expanding = kept_factors(factors, ctx.dtype, expand=True)
                 arguments = (grad_output, core, expanding, ctx.weight_size, *ctx.geometry)
-                if needs_bias:
-                    grad_weight, grad_bias = torch.ops.lance.convolution_weight_bias_grad(*arguments)
-                else:
-                    grad_weight = torch.ops.lance.convolution_weight_grad(*arguments)
+                with below_autograd():
+                    if needs_bias:
+                        grad_weight, grad_bias = torch.ops.lance.convolution_weight_bias_grad(*arguments)
+                    else:
+                        grad_weight = torch.ops.lance.convolution_weight_grad(*arguments)
             elif needs_bias:
                 grad_bias = bias_grad(grad_output)
         return grad_x, grad_weight, grad_bias, None, None, None, None, *[None] * len(factors)

@@ -108,19 +108,22 @@ def _plan(
     return shifted < expanded, common + min(shifted, expanded)
 
 
+def shifted_rows(factor: torch.Tensor, index: int, outputs: int, taps: int, geometry: Geometry) -> torch.Tensor:
+    """The factor of spatial mode `index` as each tap of the kernel meets it, `(outputs, taps, rank)`."""
+    pair = pad_pairs(geometry.padding, len(geometry.stride))[index]
+    rows = padded_rows(factor.shape[0], *pair, geometry.padding_mode, factor.device)
+    return shifted_factor(factor, rows, outputs, taps, geometry.stride[index], geometry.dilation[index])
+
+
 def _weight_grad_shifted(
     grad: torch.Tensor, core: torch.Tensor, factors: Factors, weight_size: Sequence[int], geometry: Geometry
 ) -> torch.Tensor:
     """The shifted way, for a core whose batch and channel modes are as wide as they will be contracted."""
     outputs, channels, *kernel = weight_size
-    pairs = pad_pairs(geometry.padding, len(kernel))
     for index, taps in enumerate(kernel):
         factor = factors[2 + index]
         assert factor is not None
-        rows = padded_rows(factor.shape[0], *pairs[index], geometry.padding_mode, factor.device)
-        shifted = shifted_factor(
-            factor.to(grad.dtype), rows, grad.shape[2 + index], taps, geometry.stride[index], geometry.dilation[index]
-        )
+        shifted = shifted_rows(factor.to(grad.dtype), index, grad.shape[2 + index], taps, geometry)
         grad = mode_product(grad, shifted.flatten(1).mT, 2 + index)
     # Q: (B, groups, O / groups, K_1, r_1, K_2, r_2, ...) to (groups, O / groups, K_1, K_2, ..., B, r_1, r_2, ...)
     groups = geometry.groups
