@@ -1,7 +1,8 @@
 """`pack_core` and `unpack_core` on a GPU; the buffer's layout is that of `lance_kernels/ops/pack_core.py`.
 
-Packing takes two launches: the groups' magnitudes, whose own largest is the core's `base`, then scales and
-codes. Divisions and roundings are IEEE's, so the bytes are those of the reference.
+Packing takes two launches: the groups' magnitudes, then scales and codes. The largest magnitude is the core's `base`;
+every program of the second launch looks for it, or where there are many groups a launch between. Divisions and
+roundings are IEEE's, so the bytes are those of the reference.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lance_kernels.ops.pack_core import (
 )
 
 GROUPS = 64  # groups a program of packing takes
+SEARCHED, SEARCH = 8192, 2048  # groups whose largest magnitude every program looks for itself, and those at once
 BLOCK = 1024  # values a program of unpacking takes
 
 
@@ -63,6 +65,18 @@ def magnitudes_kernel(
 
 
 @triton.jit
+def largest(magnitudes_pointer, groups, SEARCH: tl.constexpr):
+    """The largest magnitude of a number, 0 where no group has one."""
+    found = tl.zeros([SEARCH], dtype=tl.float32)
+    for start in range(0, groups, SEARCH):
+        group = start + tl.arange(0, SEARCH)
+        magnitudes = tl.load(magnitudes_pointer + group, mask=group < groups, other=0.0)
+        finite = (magnitudes.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+        found = tl.maximum(found, tl.where(finite, magnitudes, 0.0))
+    return tl.max(found, axis=0)
+
+
+@triton.jit
 def pack_kernel(
     core_pointer,
     magnitudes_pointer,
@@ -80,13 +94,21 @@ def pack_kernel(
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     DIGITS: tl.constexpr,
+    SEARCH: tl.constexpr,
     MISSING: tl.constexpr,
 ):
-    """Scale and codes of every group, the least significant digit of a byte first; DIGITS is PER_BYTE padded."""
+    """Scale and codes of every group, the least significant digit of a byte first; DIGITS is PER_BYTE padded.
+
+    Finds the base too, `SEARCH` groups at once, or reads it where that is 0.
+    """
     BYTES: tl.constexpr = GROUP // PER_BYTE
     groups = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     inside = groups * GROUP < count
-    base = tl.load(base_pointer)
+    if SEARCH:
+        base = largest(magnitudes_pointer, tl.cdiv(count, GROUP), SEARCH)
+        tl.store(base_pointer, base, mask=tl.program_id(0) == 0)
+    else:
+        base = tl.load(base_pointer)
     magnitudes = tl.load(magnitudes_pointer + groups, mask=inside, other=0.0)  # (GROUPS,)
     finite = (magnitudes.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
     known = tl.where(finite, magnitudes, 0.0)
@@ -183,7 +205,9 @@ def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
     magnitudes_kernel[grid](dense, magnitudes, count, BITS=bits, GROUPS=GROUPS, GROUP=form.group, PADDED=padded)
     head, codes, scales = buffer_parts(packed, count, bits)
     base = head.view(torch.float32)
-    torch.amax(magnitudes.nan_to_num(nan=0.0, posinf=0.0), 0, keepdim=True, out=base)
+    searched = groups <= SEARCHED
+    if not searched:
+        torch.amax(magnitudes.nan_to_num(nan=0.0, posinf=0.0), 0, keepdim=True, out=base)
     pack_kernel[grid](
         dense,
         magnitudes,
@@ -196,6 +220,7 @@ def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
         BITS=bits,
         GROUPS=GROUPS,
         DIGITS=next_power_of_two(form.per_byte),
+        SEARCH=SEARCH if searched else 0,
         **_format(bits),
     )
     return packed

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from lance_kernels.kernels.pack_core import pack_core, unpack_core
+from lance_kernels.kernels.pack_core import SEARCHED, pack_core, unpack_core
 from lance_kernels.ops.pack_core import _pack_reference, _unpack_reference
 from tests.kernels.strict import strict
 
@@ -32,6 +32,8 @@ def main() -> None:
         for buffer in (behind, apart):
             assert torch.equal(unpack_core(buffer, shape, bits, dtype).view(torch.uint8), mine.view(torch.uint8))
         cases += 1
+    core = torch.randn(16 * SEARCHED + 1)
+    assert torch.equal(pack_core(core, 4), _pack_reference(core, 4))
     print(f"{cases} cases")
 
 
