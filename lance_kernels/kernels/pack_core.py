@@ -19,9 +19,9 @@ from lance_kernels.kernels._common import cdiv, next_power_of_two
 from lance_kernels.ops.pack_core import (
     FORMATS,
     MISSING,
-    buffer_parts,
     check_bits,
     check_packed,
+    code_bytes,
     group_count,
     packed_bytes,
     scale_table,
@@ -77,13 +77,18 @@ def largest(magnitudes_pointer, groups, SEARCH: tl.constexpr):
 
 
 @triton.jit
+def load_base(packed_pointer):
+    """The base at the start of a buffer, which may begin between two words."""
+    place = tl.arange(0, 4)
+    return tl.sum(tl.load(packed_pointer + place).to(tl.int32) << (8 * place), axis=0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def pack_kernel(
     core_pointer,
     magnitudes_pointer,
-    base_pointer,
     table_pointer,
-    codes_pointer,
-    scales_pointer,
+    packed_pointer,
     count,
     code_bytes,
     BITS: tl.constexpr,
@@ -106,9 +111,13 @@ def pack_kernel(
     inside = groups * GROUP < count
     if SEARCH:
         base = largest(magnitudes_pointer, tl.cdiv(count, GROUP), SEARCH)
-        tl.store(base_pointer, base, mask=tl.program_id(0) == 0)
+        place = tl.arange(0, 4)
+        word = (base.to(tl.int32, bitcast=True) >> (8 * place)).to(tl.uint8)
+        tl.store(packed_pointer + place, word, mask=(place < 4) & (tl.program_id(0) == 0))
     else:
-        base = tl.load(base_pointer)
+        base = load_base(packed_pointer)
+    codes_pointer = packed_pointer + 4
+    scales_pointer = codes_pointer + code_bytes
     magnitudes = tl.load(magnitudes_pointer + groups, mask=inside, other=0.0)  # (GROUPS,)
     finite = (magnitudes.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
     known = tl.where(finite, magnitudes, 0.0)
@@ -147,12 +156,11 @@ def pack_kernel(
 
 @triton.jit
 def unpack_kernel(
-    codes_pointer,
-    scales_pointer,
-    base_pointer,
+    packed_pointer,
     table_pointer,
     core_pointer,
     count,
+    code_bytes,
     BASE: tl.constexpr,
     PER_BYTE: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -163,11 +171,13 @@ def unpack_kernel(
     MISSING: tl.constexpr,
 ):
     """Values from codes and scales."""
+    codes_pointer = packed_pointer + 4
+    scales_pointer = codes_pointer + code_bytes
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < count
     scales = tl.load(scales_pointer + places // GROUP, mask=inside, other=0).to(tl.int32)  # (BLOCK,)
     known = scales < MISSING - 1
-    steps = tl.load(base_pointer) * tl.load(table_pointer + tl.where(known, scales, 0))
+    steps = load_base(packed_pointer) * tl.load(table_pointer + tl.where(known, scales, 0))
     steps = tl.where(known, tl.div_rn(steps, STEPS * 1.0), float("nan"))
     digits = tl.load(codes_pointer + places // PER_BYTE, mask=inside, other=0).to(tl.int32)
     for place in tl.static_range(PER_BYTE - 1):
@@ -203,20 +213,16 @@ def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
     dense = dense.float() if dense.dtype == torch.float64 else dense
     padded = next_power_of_two(form.group)
     magnitudes_kernel[grid](dense, magnitudes, count, BITS=bits, GROUPS=GROUPS, GROUP=form.group, PADDED=padded)
-    head, codes, scales = buffer_parts(packed, count, bits)
-    base = head.view(torch.float32)
     searched = groups <= SEARCHED
     if not searched:
-        torch.amax(magnitudes.nan_to_num(nan=0.0, posinf=0.0), 0, keepdim=True, out=base)
+        torch.amax(magnitudes.nan_to_num(nan=0.0, posinf=0.0), 0, keepdim=True, out=packed[:4].view(torch.float32))
     pack_kernel[grid](
         dense,
         magnitudes,
-        base,
         scale_table(core.device),
-        codes,
-        scales,
+        packed,
         count,
-        len(codes),
+        code_bytes(count, bits),
         BITS=bits,
         GROUPS=GROUPS,
         DIGITS=next_power_of_two(form.per_byte),
@@ -232,15 +238,12 @@ def unpack_core(packed: torch.Tensor, size: Sequence[int], bits: int, dtype: tor
     core, count = packed.new_empty(tuple(size), dtype=dtype), math.prod(size)
     if not count:
         return core
-    packed = packed.contiguous()
-    base, codes, scales = buffer_parts(packed, count, bits)
     unpack_kernel[(cdiv(count, BLOCK),)](
-        codes,
-        scales,
-        (base.clone() if packed.storage_offset() % 4 else base).view(torch.float32),
+        packed.contiguous(),
         scale_table(packed.device),
         core,
         count,
+        code_bytes(count, bits),
         SPACING=FORMATS[bits].spacing,
         BLOCK=BLOCK,
         **_format(bits),
