@@ -137,7 +137,7 @@ def ways(layer: Convolution, channels_last: bool, context: Context) -> list[Row]
     small, copies = _copies(layer, context, channels_last)
     assert isinstance(small, Convolution)
     cores = {id(tensors): tensors.project() for tensors in copies}
-    weight, geometry = list(copies[0].weight.shape), Geometry(*small.geometry)
+    weight, geometry = list(copies[0].weight.shape), Geometry.of(*small.geometry)
     cost = costs_for(copies[0].grad, cores[id(copies[0])], copies[0].factors, weight, geometry)
 
     def run(way: str, tensors: DeviceTensors) -> object:

@@ -50,7 +50,7 @@ class PatchConvolution(_Convolution):
 
     def lance_geometry(self) -> Geometry:
         """The convolution's numbers."""
-        return Geometry(self.stride, self.lance_padding(), self.dilation, self.groups, self.padding_mode)
+        return Geometry.of(self.stride, self.lance_padding(), self.dilation, self.groups, self.padding_mode)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolution of `input`, `(B, C, *S)` or `(C, *S)`."""

@@ -196,7 +196,7 @@ def folded_factor(
         padded[:, taps * slots(product.shape[2])] = 1
         return nearest_tf32(padded) if dtype == torch.float32 else padded
 
-    return prepared(spatial, ("folded", dtype, *output, *kernel, *geometry.hashable()), make)
+    return prepared(spatial, ("folded", dtype, *output, *kernel, geometry), make)
 
 
 def has_flat_images(grad: torch.Tensor) -> bool:

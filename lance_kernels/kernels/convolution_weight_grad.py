@@ -320,7 +320,7 @@ def _padded_shift(
         padding = (0, padded[1] - rows.shape[2], 0, padded[0] - taps)
         return torch.nn.functional.pad(rows, padding).flatten(1).contiguous()
 
-    return prepared([factor], ("shift", index, outputs, taps, *geometry.hashable(), *padded[:2]), make)
+    return prepared([factor], ("shift", index, outputs, taps, geometry, *padded[:2]), make)
 
 
 class Costs(NamedTuple):
@@ -353,7 +353,7 @@ def costs(
         is_rows: whether the library's products take `grad_output` along the positions.
         channels_last: whether `grad_output` is channels_last.
     """
-    output = output_size(_input_size(core_size, factor_shapes), weight_size, Geometry(*geometry))
+    output = output_size(_input_size(core_size, factor_shapes), weight_size, Geometry.of(*geometry))
     samples, channels = core_size[0], core_size[1]
     grad_bytes = itemsize * samples * math.prod(output[1:])
     rearranged = 0.0 if channels_last else 2 * grad_bytes / COPY_BANDWIDTH
@@ -456,7 +456,7 @@ def costs_for(
     shapes = tuple(None if shape is None else (shape[0], shape[1]) for shape in _shapes([None, *factors[1:]]))
     rows = grad.dim() == 4 and is_rows(grad)
     last = grad.dim() == 4 and grad.is_contiguous(memory_format=torch.channels_last)
-    return costs(tuple(core.shape), shapes, tuple(weight_size), geometry.hashable(), grad.element_size(), rows, last)
+    return costs(tuple(core.shape), shapes, tuple(weight_size), geometry, grad.element_size(), rows, last)
 
 
 def _sums(
@@ -498,13 +498,13 @@ def convolution_weight_grad(
     grad_output: torch.Tensor, core: torch.Tensor, factors: Factors, weight_size: Sequence[int], *geometry: Any
 ) -> torch.Tensor:
     """`lance::convolution_weight_grad`; float64, and groups narrower than the channels' rank, take the reference."""
-    return convolution_weight_grads(grad_output, core, factors, weight_size, Geometry(*geometry), with_bias=False)[0]
+    return convolution_weight_grads(grad_output, core, factors, weight_size, Geometry.of(*geometry), with_bias=False)[0]
 
 
 def convolution_weight_bias_grad(
     grad_output: torch.Tensor, core: torch.Tensor, factors: Factors, weight_size: Sequence[int], *geometry: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`lance::convolution_weight_bias_grad`; the same."""
-    grads = convolution_weight_grads(grad_output, core, factors, weight_size, Geometry(*geometry), with_bias=True)
+    grads = convolution_weight_grads(grad_output, core, factors, weight_size, Geometry.of(*geometry), with_bias=True)
     assert grads[1] is not None
     return grads[0], grads[1]

@@ -150,7 +150,7 @@ def places(x: torch.Tensor, kernel: Sequence[int], geometry: Geometry) -> tuple[
 
 def patch_gram_(gram: torch.Tensor, x: torch.Tensor, kernel: Sequence[int], *numbers: Any) -> None:
     """Launches the kernel behind `lance_kernels.ops.patch_gram_`; float64 takes the reference."""
-    geometry = Geometry(*numbers)
+    geometry = Geometry.of(*numbers)
     if torch.float64 in (x.dtype, gram.dtype):
         _gram_reference(gram, x, kernel, *geometry)
         return

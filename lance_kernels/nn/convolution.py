@@ -53,7 +53,7 @@ class _Convolution(CompressedLayer, nn.modules.conv._ConvNd):
         self, size: Sequence[int], core: Sequence[int], factors: Sequence[Sequence[int] | None]
     ) -> int:
         """Operations of the weight gradient from a core."""
-        geometry = Geometry(self.stride, self.lance_padding(), self.dilation, self.groups, self.padding_mode)
+        geometry = Geometry.of(self.stride, self.lance_padding(), self.dilation, self.groups, self.padding_mode)
         output = output_size(size, self.weight.shape, geometry)
         return weight_grad_flops(output, core, factors, self.weight.shape, *geometry)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Of a stride, padding or dilation: no sum or product of one with a size overflows.
@@ -20,6 +24,23 @@ def check(condition: bool, message: str | Callable[[], str]) -> None:
     """
     if not condition:
         raise RuntimeError(message if isinstance(message, str) else message())
+
+
+def kept_by_sizes(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Decorates a function of sizes and numbers: it keeps its results where all arguments are hashable.
+
+    Sizes that a tracer has left open are not.
+    """
+    kept = functools.lru_cache(maxsize=1024)(function)
+
+    @functools.wraps(function)
+    def found(*args: object) -> Result:
+        try:
+            return kept(*args)
+        except TypeError:
+            return function(*args)
+
+    return found
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import conv_flop_count
 
-from lance_kernels.ops._checks import MOST_NUMBER, check, check_factors, check_same, factors_require_grad
+from lance_kernels.ops._checks import MOST_NUMBER, check, check_factors, check_same, factors_require_grad, kept_by_sizes
 from lance_kernels.ops._padding import MODES, pad_pairs, pad_spatial, unpad_spatial_grad
 from lance_kernels.ops._registry import (
     apply,
@@ -25,15 +25,23 @@ from lance_kernels.ops.tucker import Factors, mode_product_flops, ranks_of
 class Geometry(NamedTuple):
     """What a convolution is, apart from its tensors."""
 
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
     padding_mode: str = "zeros"
 
-    def hashable(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, str]:
-        """The fields, with tuples for lists, for keys of what is kept."""
-        return tuple(self.stride), tuple(self.padding), tuple(self.dilation), self.groups, self.padding_mode
+    @classmethod
+    def of(
+        cls,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        padding_mode: str = "zeros",
+    ) -> Geometry:
+        """The geometry of an operator's arguments: with tuples for lists it can be a key."""
+        return cls(tuple(stride), tuple(padding), tuple(dilation), groups, padding_mode)
 
 
 def convolution(
@@ -95,9 +103,10 @@ def convolution(
     return y, core
 
 
+@kept_by_sizes
 def check_geometry(
     operator: str, input_size: Sequence[int], weight_size: Sequence[int], geometry: Geometry
-) -> list[tuple[int, int]]:
+) -> Sequence[tuple[int, int]]:
     """Refuses a geometry that does not fit `input_size` and `weight_size`; returns the padding as pairs."""
     dimensions = len(input_size) - 2
     check(
@@ -154,7 +163,7 @@ def check_geometry(
             f"{tuple(input_size)} with padding {list(geometry.padding)} and dilation {list(geometry.dilation)}"
         ),
     )
-    return pairs
+    return tuple(pairs)
 
 
 def output_size(input_size: Sequence[int], weight_size: Sequence[int], geometry: Geometry) -> list[int]:
@@ -171,7 +180,7 @@ def output_size(input_size: Sequence[int], weight_size: Sequence[int], geometry:
 
 def _check_convolution(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry, factors: Factors
-) -> list[tuple[int, int]]:
+) -> Sequence[tuple[int, int]]:
     check_factors("convolution", "x", x, factors, side=0)
     pairs = check_geometry("convolution", x.shape, weight.shape, geometry)
     check(
@@ -237,19 +246,27 @@ def _input_grad(
     """Gradient in `x`: the transposed convolution, which needs no tensor of the size of `x` but its result."""
     if grad_output.numel() == 0:
         return grad_output.new_zeros(input_size)
-    pairs = pad_pairs(geometry.padding, len(input_size) - 2)
-    inner, outer = _split_padding(pairs, geometry.padding_mode)
-    # Rows at the end that no kernel position reached when the stride does not divide.
-    unreached = [
-        size + sum(pair) - ((outputs - 1) * stride - 2 * pad + dilation * (kernel - 1) + 1)
-        for size, pair, outputs, stride, pad, dilation, kernel in zip(
-            input_size[2:], outer, grad_output.shape[2:], geometry.stride, inner, geometry.dilation, weight.shape[2:]
-        )
-    ]
+    inner, outer, unreached = _input_grad_sizes(tuple(input_size), weight.shape, grad_output.shape, geometry)
     grad: torch.Tensor = torch.ops.aten.convolution(
         grad_output, weight, None, geometry.stride, inner, geometry.dilation, True, unreached, geometry.groups
     )
     return unpad_spatial_grad(grad, input_size[2:], outer, geometry.padding_mode)
+
+
+@kept_by_sizes
+def _input_grad_sizes(
+    input_size: Sequence[int], weight_size: Sequence[int], output: Sequence[int], geometry: Geometry
+) -> tuple[list[int], list[tuple[int, int]], list[int]]:
+    """What the library pads, what was padded before it, and rows behind that it does not reach."""
+    inner, outer = _split_padding(pad_pairs(geometry.padding, len(input_size) - 2), geometry.padding_mode)
+    # Rows at the end that no kernel position reached when the stride does not divide.
+    unreached = [
+        size + sum(pair) - ((outputs - 1) * stride - 2 * pad + dilation * (kernel - 1) + 1)
+        for size, pair, outputs, stride, pad, dilation, kernel in zip(
+            input_size[2:], outer, output[2:], geometry.stride, inner, geometry.dilation, weight_size[2:]
+        )
+    ]
+    return inner, outer, unreached
 
 
 def bias_grad(grad_output: torch.Tensor) -> torch.Tensor:
@@ -316,7 +333,8 @@ def split_numbers(
     core_count: int = 0,
 ) -> tuple[Geometry, Factors, int, torch.Tensor | None, int]:
     """Geometry, factors, and the core's bits, lengths and count, from what follows the tensors in a call."""
-    return Geometry(stride, padding, dilation, groups, padding_mode), factors, core_bits, core_lengths, core_count
+    geometry = Geometry.of(stride, padding, dilation, groups, padding_mode)
+    return geometry, factors, core_bits, core_lengths, core_count
 
 
 def _convolution_reference(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lance_kernels.ops._checks import accumulation_dtype, check, check_factors, check_same
+from lance_kernels.ops._checks import accumulation_dtype, check, check_factors, check_same, kept_by_sizes
 from lance_kernels.ops._padding import pad_pairs, pad_spatial, padded_rows, shifted_factor
 from lance_kernels.ops._registry import define, not_differentiable, register_triton
 from lance_kernels.ops.convolution import Geometry, bias_grad, check_geometry, output_size
@@ -66,13 +66,24 @@ def _shapes(factors: Factors) -> list[Sequence[int] | None]:
     return [None if factor is None else factor.shape for factor in factors]
 
 
+@kept_by_sizes
+def _checked_output(
+    core_size: Sequence[int],
+    factor_shapes: Sequence[Sequence[int] | None],
+    weight_size: Sequence[int],
+    geometry: Geometry,
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Shapes of the input and of the output, once they fit the geometry."""
+    input_size = _input_size(core_size, factor_shapes)
+    check_geometry("convolution_weight_grad", input_size, weight_size, geometry)
+    return input_size, output_size(input_size, weight_size, geometry)
+
+
 def _check(
     grad_output: torch.Tensor, core: torch.Tensor, factors: Factors, weight_size: Sequence[int], geometry: Geometry
 ) -> None:
     check_factors("convolution_weight_grad", "core", core, factors, side=1)
-    input_size = _input_size(core.shape, _shapes(factors))
-    check_geometry("convolution_weight_grad", input_size, weight_size, geometry)
-    expected = output_size(input_size, weight_size, geometry)
+    input_size, expected = _checked_output(core.shape, tuple(_shapes(factors)), tuple(weight_size), geometry)
     check(
         list(grad_output.shape) == expected,
         lambda: (
@@ -208,7 +219,7 @@ def _reference(
     groups: int,
     padding_mode: str = "zeros",
 ) -> torch.Tensor:
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    geometry = Geometry.of(stride, padding, dilation, groups, padding_mode)
     return _weight_grad(grad_output, core, factors, weight_size, geometry)
 
 
@@ -230,7 +241,7 @@ def _fake(
     groups: int,
     padding_mode: str = "zeros",
 ) -> torch.Tensor:
-    _check(grad_output, core, factors, weight_size, Geometry(stride, padding, dilation, groups, padding_mode))
+    _check(grad_output, core, factors, weight_size, Geometry.of(stride, padding, dilation, groups, padding_mode))
     return grad_output.new_empty(list(weight_size))
 
 
@@ -253,7 +264,7 @@ def weight_grad_flops(
     **kwargs: Any,
 ) -> int:
     """Operations of the cheaper way, without those of a bias gradient."""
-    geometry = Geometry(stride, padding, dilation, groups, padding_mode)
+    geometry = Geometry.of(stride, padding, dilation, groups, padding_mode)
     return _plan(core_size, factor_shapes, weight_size, geometry)[1]
 
 

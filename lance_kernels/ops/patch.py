@@ -135,7 +135,7 @@ def patch_weight_grad(
 
 def check_patches(
     operator: str, x: torch.Tensor, kernel: Sequence[int], geometry: Geometry, filters: int = 1
-) -> list[tuple[int, int]]:
+) -> Sequence[tuple[int, int]]:
     """Refuses patches that `x` does not have.
 
     Args:
@@ -181,14 +181,14 @@ def _filters(factor: torch.Tensor, channels: int, kernel: Sequence[int]) -> torc
 
 def _check_project(
     x: torch.Tensor, factor: torch.Tensor, kernel: Sequence[int], geometry: Geometry
-) -> list[tuple[int, int]]:
+) -> Sequence[tuple[int, int]]:
     pairs = check_patches("patch_project", x, kernel, geometry)
     _check_factor("patch_project", factor, geometry.groups, _patch_size(x, kernel, geometry.groups), x)
     return pairs
 
 
 def _project_reference(x: torch.Tensor, factor: torch.Tensor, kernel: Sequence[int], *numbers: Any) -> torch.Tensor:
-    geometry = Geometry(*numbers)
+    geometry = Geometry.of(*numbers)
     pairs = _check_project(x, factor, kernel, geometry)
     wide = accumulation_dtype(x.dtype)
     filters = _filters(factor.to(wide), x.shape[1] // geometry.groups, kernel)
@@ -208,7 +208,7 @@ def _project_reference(x: torch.Tensor, factor: torch.Tensor, kernel: Sequence[i
 
 
 def _project_fake(x: torch.Tensor, factor: torch.Tensor, kernel: Sequence[int], *numbers: Any) -> torch.Tensor:
-    geometry = Geometry(*numbers)
+    geometry = Geometry.of(*numbers)
     _check_project(x, factor, kernel, geometry)
     return x.new_empty(core_shape(x.shape, factor.shape, kernel, geometry))
 
@@ -240,7 +240,7 @@ class _Project(torch.autograd.Function):
 
 def _project_autograd(x: torch.Tensor, factor: torch.Tensor, kernel: Sequence[int], *numbers: Any) -> torch.Tensor:
     check(not factor.requires_grad, "lance::patch_project: factor requires a gradient; expected a fixed one")
-    geometry = Geometry(*numbers)
+    geometry = Geometry.of(*numbers)
     core: torch.Tensor = apply(_Project, x, factor, kernel, geometry)
     return core
 
@@ -291,7 +291,7 @@ def patches_of(x: torch.Tensor, kernel: Sequence[int], geometry: Geometry) -> to
 
 
 def _gram_reference(gram: torch.Tensor, x: torch.Tensor, kernel: Sequence[int], *numbers: Any) -> None:
-    geometry = Geometry(*numbers)
+    geometry = Geometry.of(*numbers)
     _check_gram(gram, x, kernel, geometry)
     wide = accumulation_dtype(x.dtype)
     total = torch.zeros(gram.shape, dtype=wide, device=gram.device)
@@ -303,7 +303,7 @@ def _gram_reference(gram: torch.Tensor, x: torch.Tensor, kernel: Sequence[int], 
 
 
 def _gram_fake(gram: torch.Tensor, x: torch.Tensor, kernel: Sequence[int], *numbers: Any) -> None:
-    _check_gram(gram, x, kernel, Geometry(*numbers))
+    _check_gram(gram, x, kernel, Geometry.of(*numbers))
 
 
 def _gram_autograd(gram: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
@@ -319,7 +319,7 @@ def _gram_autograd(gram: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
 def _gram_flops(
     gram_shape: Sequence[int], shape: Sequence[int], kernel: Sequence[int], *numbers: Any, **kwargs: Any
 ) -> int:
-    geometry = Geometry(*numbers)
+    geometry = Geometry.of(*numbers)
     positions = output_size(shape, [geometry.groups, shape[1] // geometry.groups, *kernel], geometry)
     return 2 * math.prod(gram_shape) * positions[0] * math.prod(positions[2:])
 

@@ -174,7 +174,7 @@ def _split(
     padding_mode: str = "zeros",
 ) -> tuple[Geometry, int, Any, Sequence[Any]]:
     """Geometry, bits of the core and factors (their shapes, for FLOPs) from what follows the tensors in a call."""
-    return Geometry(stride, padding, dilation, groups, padding_mode), core_bits, factor, spatial_factors
+    return Geometry.of(stride, padding, dilation, groups, padding_mode), core_bits, factor, spatial_factors
 
 
 def _reference(

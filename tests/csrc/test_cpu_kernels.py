@@ -226,7 +226,7 @@ def convolutions(draw):
         least = max(dilation[-1] * (weight_size[-1] - 1) + 1, 3)
         input_size.append(least + draw(st.integers(0, 9 if dimensions < 3 else 2)))
     mode = draw(st.sampled_from(("zeros", "zeros", "reflect", "replicate", "circular")))
-    geometry = Geometry(stride, padding, dilation, groups, mode)
+    geometry = Geometry.of(stride, padding, dilation, groups, mode)
     check_geometry("convolution_weight_grad", input_size, weight_size, geometry)
     return input_size, weight_size, geometry
 
@@ -259,7 +259,7 @@ def test_convolution_weight_grad(data, case, dtype, layout, count):
 def test_convolution_weight_grad_of_selected_values(sizes, ranks, share, layout, batch):
     factors = random_factors((20, *sizes), (batch, *ranks))
     for stride, dtype in ((1, torch.float32), (2, torch.bfloat16)):
-        geometry = Geometry([stride, 1], [1, 1], [1, 1], 1)
+        geometry = Geometry.of([stride, 1], [1, 1], [1, 1], 1)
         check_convolution(
             (20, *sizes), (37, sizes[0], 3, 3), geometry, factors, dtype, layout, 2, staircase((20, *ranks), share)
         )
@@ -272,13 +272,13 @@ def test_values_that_the_first_sample_lacks_count():
     for first in (few, torch.zeros_like(few)):
         for rest in (many, ~many, torch.zeros_like(many)):
             kept = torch.where(others, rest, first)
-            geometry = Geometry([1, 1], [1, 1], [1, 1], 1)
+            geometry = Geometry.of([1, 1], [1, 1], [1, 1], 1)
             check_convolution((20, 70, 4, 4), (37, 70, 3, 3), geometry, factors, torch.float32, kept=kept)
 
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_convolution_weight_grad_of_every_small_rank(rank):
-    geometry = Geometry([1, 2], [1, 0], [1, 1], 1)
+    geometry = Geometry.of([1, 2], [1, 0], [1, 1], 1)
     for layout, channels in itertools.product(("contiguous", "channels_last"), (40, 7)):
         factors = random_factors((3, channels, 19, 18), (None, rank, rank, rank))
         check_convolution((3, channels, 19, 18), (37, channels, 3, 3), geometry, factors, torch.float32, layout, 2)
@@ -290,7 +290,7 @@ def test_convolution_weight_grad_of_every_small_rank(rank):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padding", [[1, 1], [1, 0, 2, 1]])
 def test_convolution_weight_grad_both_ways(ranks, dtype, padding):
-    geometry = Geometry([1, 1], padding, [1, 1], 1)
+    geometry = Geometry.of([1, 1], padding, [1, 1], 1)
     factors = random_factors((6, 24, 28, 28), ranks)
     check_convolution((6, 24, 28, 28), (32, 24, 3, 3), geometry, factors, dtype, count=2)
 
@@ -300,7 +300,7 @@ def test_convolution_weight_grad_both_ways(ranks, dtype, padding):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_convolution_weight_grad_depthwise(multiplier, stride, layout):
     for padding, dilation, mode in (([1, 1], [1, 1], "zeros"), ([2, 1, 0, 2], [2, 1], "reflect")):
-        geometry = Geometry([stride, stride], padding, dilation, 40, mode)
+        geometry = Geometry.of([stride, stride], padding, dilation, 40, mode)
         for ranks in ((None, 11, 5, 6), (None, None, 21, 20), (None, 11, None, None), (3, 11, 5, 6)):
             factors = random_factors((4, 40, 21, 20), ranks)
             size = (40 * multiplier, 1, 3, 3)

@@ -302,7 +302,7 @@ def _(draw: Draw) -> list[Any]:
 
 
 def check_patch_gram(result: Any, gram: Any, x: Any, kernel: Any, *numbers: Any) -> None:
-    patches = patches_of(x.double(), kernel, OperatorGeometry(*numbers))
+    patches = patches_of(x.double(), kernel, OperatorGeometry.of(*numbers))
     assert_close(result[1].to(accumulation_dtype(x.dtype)), gram.double() + patches @ patches.mT)
 
 

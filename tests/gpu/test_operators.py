@@ -12,8 +12,8 @@ from tests.ops.tensors import assert_near, dense, lay_out, orthonormal
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = (BF16, FP16, FP32, FP64) if torch.cuda.is_available() else (FP32,)  # the CPU has tests of its own
-SQUARE = Geometry([1, 1], [1, 1], [1, 1], 1)
-STRIDED = Geometry([2, 1], [1, 2], [1, 2], 1, "reflect")
+SQUARE = Geometry.of([1, 1], [1, 1], [1, 1], 1)
+STRIDED = Geometry.of([2, 1], [1, 2], [1, 2], 1, "reflect")
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 

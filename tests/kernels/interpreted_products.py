@@ -129,7 +129,9 @@ def convolution_grad(
 
 def plain(kernel: Sequence[int], **changes: object) -> Geometry:
     """Stride 1 and half the kernel as padding."""
-    return Geometry([1] * len(kernel), [size // 2 for size in kernel], [1] * len(kernel), 1)._replace(**changes)
+    ones = [1] * len(kernel)
+    numbers = {"stride": ones, "padding": [size // 2 for size in kernel], "dilation": ones, "groups": 1, **changes}
+    return Geometry.of(**numbers)
 
 
 def check_projection() -> None:
@@ -395,7 +397,7 @@ def draw(rng: random.Random) -> None:
     spatial = [rng.randint(13, 40), rng.randint(13, 40)]  # as wide as the widest kernel
     channels, outputs, kernel = rng.randint(1, 12), rng.randint(1, 20), [rng.randint(1, 7), rng.randint(1, 7)]
     ranks = [None, rng.randint(1, channels), *(rng.randint(1, min(size, 7)) for size in spatial)]
-    geometry = Geometry(
+    geometry = Geometry.of(
         [rng.randint(1, 2), rng.randint(1, 2)],
         [rng.randint(0, 2), rng.randint(0, 2)],
         [rng.randint(1, 2), rng.randint(1, 2)],

@@ -29,7 +29,7 @@ PROJECTIONS = [
 ]
 LINEARS = [((128, 1024, 4096), (None, 64, 128), 4096), ((256, 197, 192), (None, 16, 24), 768)]
 CONVOLUTIONS = [((128, 256, 28, 28), (None, 32, 6, 6), 256), ((256, 512, 7, 7), (None, 64, 3, 3), 512)]
-SAME = Geometry([1, 1], [1, 1], [1, 1], 1)
+SAME = Geometry.of([1, 1], [1, 1], [1, 1], 1)
 
 
 def test_strict_interpreter_catches_what_it_should():
@@ -179,7 +179,7 @@ def test_tiles_fit_the_shared_memory(capability):
             (torch.float16, (2, 32, 112, 56), (None, 128, 8, 8), 5),
             (BF16, (2, 3, 28, 7), (None, 3, 2, 1), 7),
         ):
-            weight, geometry = (48, shape[1], kernel, kernel), SAME._replace(padding=[kernel // 2] * 2)
+            weight, geometry = (48, shape[1], kernel, kernel), SAME._replace(padding=(kernel // 2,) * 2)
             grad = aligned(output_size(shape, weight, geometry), dtype)
             core, factors = core_for(shape, ranks).to(dtype), factors_for(shape, ranks)
             assert convolution_weight_grad.shifted_sums(grad, core, factors[2:], weight, geometry) is not None
@@ -255,7 +255,7 @@ def test_the_tile_that_fits_is_kept(monkeypatch):
     ],
 )
 def test_ways_of_the_convolution_weight_grad_are_chosen_by_cost(shape, ranks, outputs, kernel, channels_last, way):
-    geometry = SAME._replace(padding=[kernel // 2] * 2)
+    geometry = SAME._replace(padding=(kernel // 2,) * 2)
     weight = (outputs, shape[1], kernel, kernel)
     grad = images(output_size(shape, weight, geometry), channels_last)
     factors = factors_for(shape, ranks)
@@ -298,7 +298,7 @@ def test_wide_ranks_are_projected_almost_without_spills(capability, dtype):
     """More than 64 ranks, as many as the cost model leaves to the kernel with their channels, and fewer."""
     for ranks in ((None, 64, 11, 11), (None, 33, 9, 13), (None, 16, 9, 8), (None, 32, 13, 11), (None, 9, 16, 16)):
         shape, weight = (3, 128, 20, 20), (96, 128, 1, 1)
-        geometry = SAME._replace(padding=[0, 0])
+        geometry = SAME._replace(padding=(0, 0))
         grad, factors = aligned(output_size(shape, weight, geometry), dtype), factors_for(shape, ranks)
         core = core_for(shape, ranks).to(dtype)
         assert convolution_weight_grad.costs_for(grad, core, factors, weight, geometry).projected < math.inf

@@ -58,7 +58,7 @@ def test_shifted_and_expanded_ways_agree(data, geometry):
     ]
     core = tucker_project(torch.randn(geometry.input_size, dtype=torch.float64), factors)
     grad = torch.randn(output_of(geometry).shape, dtype=torch.float64)
-    numbers = OperatorGeometry(*geometry.arguments, geometry.mode)
+    numbers = OperatorGeometry.of(*geometry.arguments, geometry.mode)
     shifted, expanded = (
         _weight_grad(grad, core, factors, geometry.weight_size, numbers, shifts=shifts) for shifts in (True, False)
     )
