@@ -165,7 +165,7 @@ class CompressedLayer(nn.Module):
                 warnings.warn(
                     f"lance_kernels: the weight of {type(self).__name__} is a DTensor (tensor parallel); the layer "
                     "keeps its whole input",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
                 return False
         return keeps

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lance_kernels.nn._compressed import CompressedLayer
+from lance_kernels.nn.companions.calls import OutsideCompanionCalls
 from lance_kernels.ops.convolution import Geometry, output_size
 from lance_kernels.ops.convolution_weight_grad import weight_grad_flops
 
@@ -20,16 +21,22 @@ class _Convolution(CompressedLayer, nn.modules.conv._ConvNd):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolution of `input`, `(B, C, *S)` or `(C, *S)`."""
+        with OutsideCompanionCalls():
+            y = self._lance_forward(input)
+        return super().forward(input) if y is None else y
+
+    def _lance_forward(self, input: torch.Tensor) -> torch.Tensor | None:
+        """The convolution that keeps a core; None where the plain one is to run."""
         batched = input.dim() == self.batched_dim
         size = input.shape if batched else (1, *input.shape)
         factors = self.lance_factors_for(size) if self.lance_keeps_core() else None
         if factors is None:
-            y: torch.Tensor = super().forward(input)
-            return y
+            return None
         x = input if batched else input.unsqueeze(0)
         numbers = (self.stride, self.lance_padding(), self.dilation, self.groups)
         bits, kept, shared = self.lance_core_bits, self.lance_lengths_for(factors), self.lance_shared(input)
         core = None if shared is None else shared.find(self, input, factors, bits)
+        y: torch.Tensor
         if core is not None:
             y = torch.ops.lance.convolution_given_core(
                 x, self.weight, self.bias, *numbers, core, factors, bits, self.padding_mode, *kept

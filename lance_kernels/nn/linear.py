@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lance_kernels.nn._compressed import CompressedLayer
+from lance_kernels.nn.companions.calls import OutsideCompanionCalls
 from lance_kernels.ops.linear import weight_grad_flops
 
 
@@ -24,10 +25,16 @@ class Linear(CompressedLayer, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input @ weight^T + bias` for `input` of shape `(..., in_features)`."""
+        with OutsideCompanionCalls():
+            y = self._lance_forward(input)
+        return super().forward(input) if y is None else y
+
+    def _lance_forward(self, input: torch.Tensor) -> torch.Tensor | None:
+        """The product that keeps a core; None where the plain one is to run."""
         # A nested tensor has no one length for a factor to fit.
         factors = self.lance_factors_for(input.shape) if not input.is_nested and self.lance_keeps_core() else None
         if factors is None:
-            return super().forward(input)
+            return None
         bits, kept, shared = self.lance_core_bits, self.lance_lengths_for(factors), self.lance_shared(input)
         core = None if shared is None else shared.find(self, input, factors, bits)
         y: torch.Tensor

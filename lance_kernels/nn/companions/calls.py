@@ -215,6 +215,26 @@ def companion_calls(level: str) -> AbstractContextManager[Any]:
     return CompanionMode(level)
 
 
+class OutsideCompanionCalls:
+    """Context in which the innermost mode is not asked about each call, if it is a `CompanionMode`.
+
+    For what our own modules do, which it would leave as it is: looking at a tensor's shape is a call too.
+    """
+
+    _mode: CompanionMode | None = None
+
+    def __enter__(self) -> None:
+        if not torch.compiler.is_compiling() and (depth := torch._C._len_torch_function_stack()):
+            mode = torch._C._get_function_stack_at(depth - 1)
+            if type(mode) is CompanionMode:
+                self._mode = mode
+                torch._C._pop_torch_function_stack()
+
+    def __exit__(self, *raised: object) -> None:
+        if self._mode is not None:
+            torch._C._push_on_torch_function_stack(self._mode)
+
+
 class WithCompanionCalls:
     """Marks the subclasses that `with_companion_calls` makes.
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import lance_kernels.ops as ops
 from lance_kernels.nn.companions import functional as companion
+from lance_kernels.nn.companions.calls import OutsideCompanionCalls
 from lance_kernels.nn.companions.fusion import consuming_relu, note_activated
 
 
@@ -18,7 +19,8 @@ class ReLU(nn.ReLU):
     lance_bound: ClassVar[float | None] = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return companion.relu(input, self.inplace)
+        with OutsideCompanionCalls():
+            return companion.relu(input, self.inplace)
 
 
 class Hardtanh(nn.Hardtanh):
@@ -34,7 +36,8 @@ class ReLU6(nn.ReLU6):
     lance_bound: ClassVar[float | None] = 6.0
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return companion.relu6(input, self.inplace)
+        with OutsideCompanionCalls():
+            return companion.relu6(input, self.inplace)
 
 
 class LeakyReLU(nn.LeakyReLU):
@@ -59,17 +62,18 @@ class FrozenBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.training or self.running_mean is None or self.running_var is None:
             y: torch.Tensor = super().forward(input)
             return y
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        vectors = (self.weight, self.bias, self.running_mean, self.running_var, self.eps)
-        frozen = companion.takes(input) and not any(p.requires_grad for p in self.parameters(recurse=False))
-        paired, high = consuming_relu(self) if frozen else (False, None)
-        if paired:
-            y = ops.batch_norm_relu_frozen(input, *vectors, high)
-            note_activated(y, high)
-            return y
-        return companion.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-        )
+        with OutsideCompanionCalls():
+            self._check_input_dim(input)  # type: ignore[no-untyped-call]
+            vectors = (self.weight, self.bias, self.running_mean, self.running_var, self.eps)
+            frozen = companion.takes(input) and not any(p.requires_grad for p in self.parameters(recurse=False))
+            paired, high = consuming_relu(self) if frozen else (False, None)
+            if paired:
+                y = ops.batch_norm_relu_frozen(input, *vectors, high)
+                note_activated(y, high)
+                return y
+            return companion.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
 
 
 class BatchNorm1d(FrozenBatchNorm, nn.BatchNorm1d):
@@ -93,21 +97,24 @@ class MaxPool1d(_MaxPool, nn.MaxPool1d):
     """`torch.nn.MaxPool1d` that keeps 1 byte an output element."""
 
     def forward(self, input: torch.Tensor) -> Any:
-        return companion.max_pool1d(input, *self.lance_arguments())
+        with OutsideCompanionCalls():
+            return companion.max_pool1d(input, *self.lance_arguments())
 
 
 class MaxPool2d(_MaxPool, nn.MaxPool2d):
     """`torch.nn.MaxPool2d` that keeps 1 byte an output element."""
 
     def forward(self, input: torch.Tensor) -> Any:
-        return companion.max_pool2d(input, *self.lance_arguments())
+        with OutsideCompanionCalls():
+            return companion.max_pool2d(input, *self.lance_arguments())
 
 
 class MaxPool3d(_MaxPool, nn.MaxPool3d):
     """`torch.nn.MaxPool3d` that keeps 1 byte an output element."""
 
     def forward(self, input: torch.Tensor) -> Any:
-        return companion.max_pool3d(input, *self.lance_arguments())
+        with OutsideCompanionCalls():
+            return companion.max_pool3d(input, *self.lance_arguments())
 
 
 class AvgPool1d(nn.AvgPool1d):
