@@ -7,10 +7,13 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 import lance_kernels as lance
 from lance_kernels.continual.layers import PatchConvolution
 from tests.continual_cases import assert_protected, drifts, learner_of, network, task, train, weights
+from tests.ranks import process_group
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -334,6 +337,18 @@ def tokens(number):
         (torch.randint(0, 7, (16, 4), generator=generator), torch.randint(0, 3, (16,), generator=generator))
         for _ in range(2)
     ]
+
+
+def test_a_model_made_tensor_parallel_later_is_refused(tmp_path):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    learner = learner_of(model, optimizer)
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    with process_group(tmp_path / "store"):
+        first.weight = nn.Parameter(distribute_tensor(first.weight.detach(), init_device_mesh("cpu", (1,))))
+        for refused in (lambda: learner.begin_task(task(0)), lambda: learner.use_optimizer(optimizer)):
+            with pytest.raises(ValueError, match="is a DTensor; expected a local tensor"):
+                refused()
 
 
 @pytest.mark.parametrize("after", ["freeze", "train"])

@@ -175,9 +175,7 @@ class NullSpaceLearner:
         _check_arguments(energy, config, heads, after_first_task, max_batches, basis_dtype, basis_device)
         self.optimizers = _optimizers(optimizer)
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
-        sharded = [name for name, p in self.model.named_parameters() if is_dtensor(p)]
-        if sharded:
-            raise ValueError(f"NullSpaceLearner: the parameter {sharded[0]!r} is a DTensor; expected a local tensor")
+        _check_local(self.model)
         self.energy, self.max_batches, self.progress = energy, max_batches, progress
         self.tasks = 0
         self.in_task = False
@@ -207,7 +205,8 @@ class NullSpaceLearner:
         Raises:
             RuntimeError: a task has begun already, the learner is closed, a protected layer was replaced, or an input
                 holds NaN or infinity.
-            ValueError: the loader gave no batch, or no optimizer holds the weight of a protected layer.
+            ValueError: the loader gave no batch, no optimizer holds the weight of a protected layer, or the model was
+                made tensor parallel.
         """
         self._check_usable()
         if self.in_task:
@@ -284,7 +283,8 @@ class NullSpaceLearner:
 
         Raises:
             TypeError: `optimizer` is something else.
-            ValueError: no optimizer holds the weight of a layer that is protected and in training.
+            ValueError: no optimizer holds the weight of a layer that is protected and in training, or the model was
+                made tensor parallel.
             RuntimeError: the learner is closed, or a protected layer was replaced.
         """
         self._check_usable()
@@ -364,15 +364,7 @@ class NullSpaceLearner:
         Raises:
             ValueError: the file is damaged, no learner's, or does not fit.
         """
-        with Path(path).open("rb") as file:
-            try:
-                state = torch.load(file, map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
-                reason = str(error).partition("\n")[0]
-                raise ValueError(
-                    f"NullSpaceLearner.load: {path} is damaged or no learner's state ({reason})"
-                ) from error
-        self.load_state_dict(state)
+        self.load_state_dict(read_state(path))
 
     def close(self) -> None:
         """Removes every hook and leaves a plain model in which all is trainable that was before; cannot be undone."""
@@ -402,6 +394,7 @@ class NullSpaceLearner:
 
     def _check_trained(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Refuses optimizers without one of the protected weights: steps of another's would go unnoticed."""
+        _check_local(self.model)
         held = {id(parameter) for one in optimizers for group in one.param_groups for parameter in group["params"]}
         weights = {name: p.layer.weight for name, p in self._protected.items() if p.layer.weight.requires_grad}
         missing = [name or "(root)" for name, weight in weights.items() if id(weight) not in held]
@@ -487,6 +480,21 @@ class NullSpaceLearner:
         self._layers = {name: layer for name, layer in self._layers.items() if modules.get(name) is layer}
 
 
+def read_state(path: str | Path) -> dict[str, Any]:
+    """What `NullSpaceLearner.save` wrote.
+
+    Raises:
+        ValueError: the file is damaged or no learner's.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"NullSpaceLearner.load: {path} is damaged or no learner's state ({reason})") from error
+    return state
+
+
 def _optimizers(optimizer: object) -> tuple[torch.optim.Optimizer, ...]:
     optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
     for one in optimizers:
@@ -532,6 +540,12 @@ def _check_arguments(
         raise ValueError(
             f"NullSpaceLearner: basis_device is {basis_device!r}; expected a device of this machine, or None"
         ) from error
+
+
+def _check_local(model: nn.Module) -> None:
+    sharded = [name for name, parameter in model.named_parameters() if is_dtensor(parameter)]
+    if sharded:
+        raise ValueError(f"NullSpaceLearner: the parameter {sharded[0]!r} is a DTensor; expected a local tensor")
 
 
 def _warn_of(frozen: Sequence[str], unreached: Sequence[str], consequence: str) -> None:

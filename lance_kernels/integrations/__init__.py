@@ -24,35 +24,83 @@ class Attached:
     def __init__(self, **arguments: Any) -> None:
         self.arguments = arguments
         self.learner: NullSpaceLearner | None = None
+        self._state: dict[str, Any] | None = None  # of a learner that is still to be made
+        self._goes_on = False  # whether the next task begins with a state that was loaded
 
     def begin_task(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], loader: Iterable[Any]) -> None:
         """Begins a task with the loop's present optimizers; one that has not ended, as its loop failed, is dropped.
 
+        Where a state was loaded that was taken in the middle of a task, that task goes on.
+
         Raises:
-            ValueError: the model is another than before.
+            ValueError: the model is another than before, or a state that was loaded is not of its learner.
+        """
+        learner = self.attach(model, optimizers)
+        goes_on, self._goes_on = self._goes_on, False
+        if learner.in_task:
+            if goes_on:
+                return
+            learner.drop_task()
+        learner.begin_task(loader)
+
+    def attach(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> NullSpaceLearner:
+        """The learner, made if there is none yet, with the loop's present optimizers.
+
+        Raises:
+            ValueError: the model is another than before, or a state that was loaded is not of its learner.
         """
         optimizers = tuple(map(_unwrapped, optimizers))
         if self.learner is None:
-            self.learner = NullSpaceLearner(model, optimizers, **self.arguments)
+            learner = NullSpaceLearner(model, optimizers, **self.arguments)
+            if self._state is not None:
+                try:
+                    learner.load_state_dict(self._state)
+                except ValueError:
+                    learner.close()
+                    raise
+            self.learner, self._state = learner, None
         elif getattr(model, "module", model) is not self.learner.model:
             raise ValueError(
                 f"{type(self).__name__}: got another {type(model).__name__} than in the task before; expected the same"
             )
         elif optimizers != self.learner.optimizers:
             self.learner.use_optimizer(optimizers)
-        if self.learner.in_task:
-            self.learner.drop_task()
-        self.learner.begin_task(loader)
+        return self.learner
 
     def end_task(self, loader: Iterable[Any]) -> None:
         """Ends the task that has begun."""
         assert self.learner is not None
         self.learner.end_task(loader)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The learner's state; empty before the first task."""
+        return {} if self.learner is None else self.learner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another learner of the same model and arguments was; the model's own state is loaded beside it.
+
+        Where there is no learner yet, it takes the state when it is made.
+
+        Raises:
+            ValueError: the state is not of this model's learner.
+        """
+        if not state:
+            return
+        if self.learner is None:
+            self._state = state
+        else:
+            self.learner.load_state_dict(state)
+        self._goes_on = True
+
     def close(self) -> None:
         """Leaves a plain model."""
         if self.learner is not None:
             self.learner.close()
+
+
+def unstepped(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer of all of a model's parameters, for a learner that is made before the loop's own optimizers."""
+    return torch.optim.SGD(model.parameters(), 0.0)
 
 
 def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lance_kernels.integrations import Attached
+from lance_kernels.integrations import Attached, unstepped
 
 
 class NullSpaceCallback(Attached, Callback):
     """Begins a task when a `Trainer` begins to fit, and ends it when that has ended.
 
-    The module's `forward` takes a batch's first entry. Give the same callback to the trainer of every task.
+    The module's `forward` takes a batch's first entry. Give the same callback to the trainer of every task. Lightning's
+    checkpoints have the learner's state in them. A new process that goes on from one calls `load_checkpoint(path)`
+    before `fit(..., ckpt_path=path)`.
 
     Args:
         **arguments: of `NullSpaceLearner`, other than `model` and `optimizer`.
     """
+
+    def load_checkpoint(self, path: str | Path, weights_only: bool = True) -> None:
+        """Goes on where the learner of a checkpoint was; `fit` loads model and optimizers.
+
+        Args:
+            path: the checkpoint.
+            weights_only: as for `torch.load`: refuse what could run code.
+
+        Raises:
+            ValueError: the checkpoint has no learner's state, or one that is not of this model's.
+        """
+        states = torch.load(path, map_location="cpu", weights_only=weights_only).get("callbacks", {})
+        if not states.get(self.state_key):
+            raise ValueError(
+                f"NullSpaceCallback: {path} has no state of {self.state_key}; expected the checkpoint of a run with it"
+            )
+        self.load_state_dict(states[self.state_key])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Swaps and freezes layers as in the checkpoint that was loaded, before the model's state is loaded."""
+        if stage == "fit" and self._state is not None:
+            self.attach(pl_module, [unstepped(pl_module)])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins a task on the trainer's own batches."""

@@ -6,6 +6,7 @@ CPU. Avalanche also imports a logger's client, which is not needed here and stan
 
 from __future__ import annotations
 
+import copy
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -39,20 +40,33 @@ def main() -> None:
     from lance_kernels.integrations.avalanche import NullSpacePlugin
 
     sets = [as_classification_dataset(Labelled(*data(task))) for task in range(2)]
+
+    def naive(model: nn.Module, plugin: NullSpacePlugin) -> Naive:
+        return Naive(
+            model=model,
+            optimizer=torch.optim.AdamW(model.parameters(), 0.05, weight_decay=0.1),
+            criterion=nn.CrossEntropyLoss(),
+            train_mb_size=8,
+            train_epochs=2,
+            plugins=[plugin],
+        )
+
     model, plugin = network(), NullSpacePlugin(**ARGUMENTS)
-    strategy = Naive(
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), 0.05, weight_decay=0.1),
-        criterion=nn.CrossEntropyLoss(),
-        train_mb_size=8,
-        train_epochs=2,
-        plugins=[plugin],
-    )
+    strategy = naive(model, plugin)
     first, second = benchmark_from_datasets(train=sets, test=sets).train_stream
     strategy.train(first)
     assert plugin.learner is not None
     watch = Watch(plugin.learner)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(plugin.state_dict())
     strategy.train(second)
+    watch.check()
+
+    other, later = network(), NullSpacePlugin(**ARGUMENTS)
+    other.load_state_dict(weights)
+    later.load_state_dict(state)
+    naive(other, later).train(second)
+    assert later.learner is not None
+    watch.learner = later.learner
     watch.check()
     plugin.close()
     assert type(model[0]) is nn.Linear

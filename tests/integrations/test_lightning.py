@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -28,17 +32,25 @@ class Classifier(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), 0.05, weight_decay=0.1)
 
 
-def fit(module: pl.LightningModule, task: int, callback: NullSpaceCallback) -> None:
+def fit(
+    module: pl.LightningModule,
+    task: int,
+    callback: NullSpaceCallback,
+    others: Sequence[pl.Callback] = (),
+    shuffle: bool = True,
+    path: Path | None = None,
+) -> pl.Trainer:
     trainer = pl.Trainer(
         max_epochs=2,
         accelerator="cpu",
-        callbacks=[callback],
+        callbacks=[callback, *others],
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=bool(others),
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(TensorDataset(*data(task)), 8, shuffle=True))
+    trainer.fit(module, DataLoader(TensorDataset(*data(task)), 8, shuffle=shuffle), ckpt_path=path)
+    return trainer
 
 
 def test_two_fits_are_two_tasks() -> None:
@@ -84,3 +96,57 @@ def test_a_fit_after_a_failed_one_and_two_optimizers() -> None:
     module.fails = False
     fit(module, 1, callback)
     watch.check()
+
+
+class Stopping(pl.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 8:
+            raise OSError("stopped")
+
+
+def first_task() -> tuple[Classifier, NullSpaceCallback]:
+    module, callback = Classifier(), NullSpaceCallback(**ARGUMENTS)
+    fit(module, 0, callback, shuffle=False)
+    return module, callback
+
+
+def assert_same(module: Classifier, callback: NullSpaceCallback, other: Classifier, later: NullSpaceCallback) -> None:
+    assert callback.learner is not None
+    assert later.learner is not None
+    assert callback.learner.tasks == later.learner.tasks == 2
+    for name, weight in module.named_parameters():
+        assert torch.equal(weight, other.get_parameter(name)), name
+    for name, protection in callback.learner._protected.items():
+        assert torch.equal(protection.basis.packed, later.learner._protected[name].basis.packed)
+
+
+def test_a_new_process_goes_on_in_the_middle_of_a_task(tmp_path: Path) -> None:
+    module, callback = first_task()
+    fit(module, 1, callback, shuffle=False)
+    stopped, broken = first_task()
+    saving = ModelCheckpoint(tmp_path, filename="middle", save_on_train_epoch_end=True)
+    with pytest.raises(OSError, match="stopped"):
+        fit(stopped, 1, broken, [saving, Stopping()], shuffle=False)
+    other, later = Classifier(), NullSpaceCallback(**ARGUMENTS)
+    later.load_checkpoint(tmp_path / "middle.ckpt")
+    fit(other, 1, later, shuffle=False, path=tmp_path / "middle.ckpt")
+    assert_same(module, callback, other, later)
+
+
+def test_a_new_process_goes_on_with_the_next_task(tmp_path: Path) -> None:
+    module, callback = Classifier(), NullSpaceCallback(**ARGUMENTS)
+    fit(module, 0, callback, shuffle=False).save_checkpoint(tmp_path / "first.ckpt")
+    fit(module, 1, callback, shuffle=False)
+    other, later = Classifier(), NullSpaceCallback(**ARGUMENTS)
+    other.load_state_dict(torch.load(tmp_path / "first.ckpt", weights_only=True)["state_dict"])
+    later.load_checkpoint(tmp_path / "first.ckpt")
+    fit(other, 1, later, shuffle=False)
+    assert_same(module, callback, other, later)
+
+
+def test_a_checkpoint_without_a_learner_is_refused(tmp_path: Path) -> None:
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=0, logger=False, enable_progress_bar=False)
+    trainer.fit(Classifier(), DataLoader(TensorDataset(*data(0)), 8))
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="has no state of NullSpaceCallback; expected"):
+        NullSpaceCallback(**ARGUMENTS).load_checkpoint(tmp_path / "plain.ckpt")
