@@ -113,6 +113,8 @@ oldest:
 # `python -m benchmarks.gpu`, as in GPU_ARGS="--case 'projection*'" or GPU_ARGS=--models.
 GPU_ARGS ?=
 GPU_JOBS ?= 12
+# Seconds after which no further case starts; one that has begun may take a minute more.
+GPU_SECONDS ?= 200
 gpu:
 	@py=$$(python3 -c "import sys, torch; torch.cuda.is_available() and print(sys.executable)" 2>/dev/null); \
 	if [ -z "$$py" ]; then $(MAKE) venv && py=$(PY) || exit 1; fi; \
@@ -121,10 +123,11 @@ gpu:
 	stage() { limit=$$1; shift; echo "== $$*"; \
 		timeout -s INT -k 10 $$limit "$$@" || { status=1; echo "== failed, or longer than its $$limit s: $$*" >&2; }; }; \
 	stage 60 env LANCE_REQUIRE_EXT=1 $$py setup.py -q build_ext --inplace; \
+	test -e lance_kernels/lance_cuda.so || { status=1; echo "== no CUDA library: Grams take the reference" >&2; }; \
 	stage 120 env OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $$test -rf --tb=short -n $(GPU_JOBS); \
 	if command -v compute-sanitizer >/dev/null; then \
 		stage 60 compute-sanitizer --error-exitcode 9 $$test -k "mode_grams and contiguous and dtype0"; fi; \
-	stage 230 $$py -m benchmarks.gpu $(GPU_ARGS); \
+	stage $$(($(GPU_SECONDS) + 60)) $$py -m benchmarks.gpu --seconds $(GPU_SECONDS) $(GPU_ARGS); \
 	exit $$status
 
 clean:

@@ -212,7 +212,16 @@ def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
     # float64 is narrowed here, as the reference does, so that the kernels have one way to round.
     dense = dense.float() if dense.dtype == torch.float64 else dense
     padded = next_power_of_two(form.group)
-    magnitudes_kernel[grid](dense, magnitudes, count, BITS=bits, GROUPS=GROUPS, GROUP=form.group, PADDED=padded)
+    magnitudes_kernel[grid](
+        dense,
+        magnitudes,
+        count,
+        BITS=bits,
+        GROUPS=GROUPS,
+        GROUP=form.group,
+        PADDED=padded,
+        enable_fp_fusion=False,  # a fused sum of quotients rounds once less where they are subnormal
+    )
     searched = groups <= SEARCHED
     if not searched:
         torch.amax(magnitudes.nan_to_num(nan=0.0, posinf=0.0), 0, keepdim=True, out=packed[:4].view(torch.float32))

@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 
 from lance_kernels.kernels._common import cdiv
-from lance_kernels.ops._checks import check
-from lance_kernels.ops._layout import memory_format_of
 from lance_kernels.ops.pooling import (
     check_max_pool,
+    check_max_pool_grad,
+    image_format,
     max_pool_grad_reference,
     max_pool_offsets_reference,
-    pooled_size,
+    max_pooled_shape,
 )
 
 BLOCK = 1024
@@ -107,7 +107,8 @@ def offsets_kernel(
                 best = tl.where(better, value, best)
                 at = tl.where(better, (i * KERNEL[1] + j) * KERNEL[2] + k, at)
     tl.store(y + index, best.to(y.dtype.element_ty), mask=inside)
-    tl.store(offsets + index, at.to(tl.uint8), mask=inside)
+    # A window that lies in the padding has no element, and the offset of its first.
+    tl.store(offsets + index, tl.maximum(at, 0).to(tl.uint8), mask=inside)
 
 
 @triton.jit
@@ -200,10 +201,9 @@ def max_pool_offsets(
     if x.dtype == torch.float64:
         return max_pool_offsets_reference(x, kernel, stride, padding, dilation, ceil_mode)
     spatial = check_max_pool(x, kernel, stride, padding, dilation)
-    memory_format = memory_format_of(x)
+    memory_format = image_format(x, spatial)
     last = memory_format != torch.contiguous_format
-    size = pooled_size(x.shape[-spatial:], kernel, stride, padding, dilation, ceil_mode)
-    shape = [*x.shape[:-spatial], *size]
+    shape = max_pooled_shape(x, kernel, stride, padding, dilation, ceil_mode)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
     offsets = torch.empty_like(y, dtype=torch.uint8)
     if y.numel():
@@ -214,7 +214,7 @@ def max_pool_offsets(
             y.numel(),
             _channels(shape, spatial, last),
             *_three(x.shape[-spatial:], 1),
-            *_three(size, 1),
+            *_three(shape[-spatial:], 1),
             CHANNELS_LAST=last,
             **_window(kernel, stride, padding, dilation),
             WIDE=max(x.numel(), y.numel()) > NARROW,
@@ -236,12 +236,8 @@ def max_pool_grad(
     """`lance::max_pool_grad`; float64 takes the reference."""
     if grad.dtype == torch.float64:
         return max_pool_grad_reference(grad, offsets, size, kernel, stride, padding, dilation, ceil_mode)
-    check(
-        grad.shape == offsets.shape,
-        f"lance::max_pool_grad: grad has shape {tuple(grad.shape)}, offsets {tuple(offsets.shape)}; expected the same",
-    )
-    spatial = len(size)
-    memory_format = memory_format_of(offsets)
+    spatial = check_max_pool_grad(grad, offsets, size, kernel, stride, padding, dilation, ceil_mode)
+    memory_format = image_format(offsets, spatial)
     last = memory_format != torch.contiguous_format
     shape = [*grad.shape[:-spatial], *size]
     out = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)

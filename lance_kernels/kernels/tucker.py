@@ -38,6 +38,7 @@ from lance_kernels.ops.tucker import Factors, _project_reference, mode_product
 
 MAX_KRONECKER = 2**18  # elements, half a megabyte of bfloat16
 MAX_RANK = 256
+MAX_EXTENT = 2**31 - 2**16  # of a launch's modes, whose positions are counted in 32 bits
 MAX_CORE = 2**14  # elements of the core that a program keeps
 
 # Of an H100: the rank whose products take as long as the reads; how much longer reads take that lie apart; terms of the
@@ -131,7 +132,7 @@ def project_kernel(
             kept = r[None, :] < first_rank
             tl.store(places, sums.to(core.dtype.element_ty), mask=inside[:, None] & kept)
             if BLOCKS == 2:
-                places += STREAM * core_stream
+                places += STREAM * tl.cast(core_stream, tl.int64)
                 tl.store(places, other.to(core.dtype.element_ty), mask=more[:, None] & kept)
     if TWO_SIDED:
         places = target + q[None, :] * core_stream + r[:, None] * core_first
@@ -232,6 +233,8 @@ def plan(sizes: tuple[int, ...], strides: tuple[int, ...], ranks: tuple[int | No
     span = max((size * stride for size, stride in zip(sizes, strides)), default=1)
     placed = [span if size == 1 else stride for size, stride in zip(sizes, strides)]
     groups = group_modes(sizes, placed, ranks)
+    if max((group.size for group in groups), default=0) > MAX_EXTENT:
+        return None
     passes = []
     for summed, streamed in itertools.permutations(range(len(groups)), 2):
         rank = groups[summed].rank

@@ -12,7 +12,7 @@ import torch
 
 class _Entry(NamedTuple):
     sources: tuple[weakref.ref[torch.Tensor], ...]
-    versions: tuple[int, ...]
+    versions: tuple[tuple[int, int], ...]
     result: torch.Tensor
     captured: list[torch.Tensor]  # what CUDA graphs read; it lives as long as the sources do
 
@@ -26,7 +26,8 @@ def prepared(
 ) -> torch.Tensor:
     """What `make` makes of some tensors, kept for as long as they live and do not change; nothing when traced.
 
-    A CUDA graph reads what was made before its capture, also when the tensors change afterwards.
+    A CUDA graph reads what was made before its capture, also when the tensors change afterwards. Values that are
+    written in place through `.data` or `.numpy()` are not seen.
 
     Args:
         sources: the tensors.
@@ -36,7 +37,8 @@ def prepared(
     if any(type(source) not in _PLAIN or source.is_inference() for source in sources):
         return make()
     key = (*map(id, sources), *form)
-    versions = tuple(source._version for source in sources)
+    # Assigning to `.data` leaves the version as it is.
+    versions = tuple((source._version, source.data_ptr()) for source in sources)
     entry = _PREPARED.get(key)
     if entry is not None and any(known() is not source for known, source in zip(entry.sources, sources)):
         entry = None
@@ -50,14 +52,14 @@ def prepared(
     elif entry is None or not fresh:
         references = tuple(weakref.ref(source, lambda _: _PREPARED.pop(key, None)) for source in sources)
         captured = [] if entry is None else entry.captured
-        result = _outside_pools(make, sources[0].device)
+        result = outside_pools(make, sources[0].device)
         if type(result) is not torch.Tensor:
             return result
         entry = _PREPARED[key] = _Entry(references, versions, result, captured)
     return entry.result
 
 
-def _outside_pools(make: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+def outside_pools(make: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
     """What `make` makes, in memory that outlives the caller's pool, and there for every stream.
 
     Compiled models that run as CUDA graphs warm up with all allocations of their thread in a pool that must be empty

@@ -25,6 +25,7 @@ import torch
 from torch.nn import functional as F
 
 from lance_kernels.ops._checks import FLOATING, check, check_floating
+from lance_kernels.ops._prepared import outside_pools
 from lance_kernels.ops._registry import define, not_differentiable, register_triton
 
 
@@ -132,7 +133,9 @@ def check_bits(operator: str, bits: int) -> None:
 @cache
 def scale_table(device: torch.device) -> torch.Tensor:
     """Scales over the base: falling powers of 2^(1/8), computed in float64 and rounded, `(254,)` float32."""
-    return torch.exp2(torch.arange(MISSING - 1, dtype=torch.float64) / -8).float().to(device)
+    # On the CPU, whatever the default device: another's powers may differ in their last bit.
+    table = torch.exp2(torch.arange(MISSING - 1, dtype=torch.float64, device="cpu") / -8).float()
+    return outside_pools(lambda: table.to(device), device)
 
 
 def _pack_reference(core: torch.Tensor, bits: int) -> torch.Tensor:

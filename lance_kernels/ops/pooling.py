@@ -131,6 +131,26 @@ def pooled_size(
     return out
 
 
+def max_pooled_shape(
+    x: torch.Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> list[int]:
+    """Shape of max pooling's output; refuses an input that is too small for the window."""
+    spatial = len(kernel)
+    size = pooled_size(x.shape[-spatial:], kernel, stride, padding, dilation, ceil_mode)
+    check(min(size) > 0, f"lance::max_pool: x has shape {tuple(x.shape)}, too small for the window {list(kernel)}")
+    return [*x.shape[:-spatial], *size]
+
+
+def image_format(x: torch.Tensor, spatial: int) -> torch.memory_format:
+    """The memory format of what is pooled; a volume without a batch only looks like a channels_last batch of images."""
+    return memory_format_of(x) if x.dim() == spatial + 2 else torch.contiguous_format
+
+
 def check_max_pool(
     x: torch.Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> int:
@@ -231,11 +251,8 @@ def _max_pool_offsets_fake(
     ceil_mode: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     spatial = check_max_pool(x, kernel, stride, padding, dilation)
-    size = pooled_size(x.shape[-spatial:], kernel, stride, padding, dilation, ceil_mode)
-    check(min(size) > 0, f"lance::max_pool: x has shape {tuple(x.shape)}, too small for the window {list(kernel)}")
-    shape = [*x.shape[:-spatial], *size]
-    memory_format = memory_format_of(x) if x.dim() == spatial + 2 else torch.contiguous_format
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    shape = max_pooled_shape(x, kernel, stride, padding, dilation, ceil_mode)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=image_format(x, spatial))
     return y, torch.empty_like(y, dtype=torch.uint8)
 
 
@@ -268,8 +285,7 @@ def max_pool_grad_reference(
             not remaining.any() and bool(((indices >= 0) & (indices < inner)).all()),
             "lance::max_pool_grad: offsets hold a position outside of the input; expected those of max_pool_offsets",
         )
-    batched = grad.dim() == spatial + 2
-    memory_format = memory_format_of(offsets) if batched else torch.contiguous_format
+    memory_format = image_format(offsets, spatial)
     x = torch.empty([*grad.shape[:-spatial], *size], dtype=grad.dtype, device=grad.device, memory_format=memory_format)
     operator = (
         torch.ops.aten.max_pool2d_with_indices_backward
@@ -283,8 +299,7 @@ def max_pool_grad_reference(
 def _max_pool_grad_fake(grad: torch.Tensor, offsets: torch.Tensor, size: Sequence[int], *args: Any) -> torch.Tensor:
     check_max_pool_grad(grad, offsets, size, *args)
     shape = [*grad.shape[: -len(size)], *size]
-    batched = grad.dim() == len(size) + 2
-    memory_format = memory_format_of(offsets) if batched else torch.contiguous_format
+    memory_format = image_format(offsets, len(size))
     return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
 
 

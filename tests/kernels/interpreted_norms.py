@@ -104,7 +104,11 @@ def check_max_pool(window: tuple[object, ...], dtype: torch.dtype, last: bool, b
     spatial = len(window[0])  # type: ignore[arg-type]
     shape = (2, 5, *(9, 8, 7)[:spatial])
     x = with_special(shape, dtype)
-    x = channels_last(x) if last else x if batched else x[0]
+    if not batched:
+        # A volume whose strides are those of a channels_last batch of images.
+        x = x[0].to(memory_format=torch.channels_last) if last and spatial == 3 else x[0]
+    elif last:
+        x = channels_last(x)
     y, offsets = pooling.max_pool_offsets(x, *window)
     expected, expected_offsets = max_pool_offsets_reference(x, *window)
     assert_same_bits(y, expected)
@@ -113,6 +117,8 @@ def check_max_pool(window: tuple[object, ...], dtype: torch.dtype, last: bool, b
     # Whole numbers, whose sums do not round: an infinity minus an infinity aside, any order gives the same.
     grad = torch.randint(-8, 8, y.shape).to(dtype)
     size = x.shape[-spatial:]
+    if last and not batched and spatial == 3:
+        offsets = offsets.to(memory_format=torch.channels_last)
     found = pooling.max_pool_grad(grad, offsets, size, *window)
     assert_same_bits(found.abs(), max_pool_grad_reference(grad, offsets, size, *window).abs())
     assert torch.equal(found, max_pool_grad_reference(grad, offsets, size, *window))
@@ -123,6 +129,7 @@ def check_windows_outside() -> None:
     window = ((2, 2), (1, 1), (1, 1), (4, 4), False)
     y, offsets = pooling.max_pool_offsets(torch.randn(2, 3, 3, 4), *window)
     assert torch.equal(y, torch.full((2, 3, 1, 2), float("-inf")))
+    assert not offsets.any()
     assert torch.equal(pooling.max_pool_grad(torch.ones_like(y), offsets, (3, 4), *window), torch.zeros(2, 3, 3, 4))
     window = ((2, 2), (1, 1), (1, 1), (5, 5), False)
     offsets = torch.arange(4, dtype=torch.uint8).repeat(9).view(1, 1, 6, 6)
@@ -151,7 +158,7 @@ def main() -> None:
         check_rows(shape, outer, rows, dtype, centered)
         cases += 1
     for window, dtype, (last, batched) in itertools.product(
-        WINDOWS, DTYPES, ((False, True), (True, True), (False, False))
+        WINDOWS, DTYPES, ((False, True), (True, True), (False, False), (True, False))
     ):
         for narrow in (2**31, 0):
             with mock.patch.object(pooling, "NARROW", narrow):

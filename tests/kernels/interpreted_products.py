@@ -362,6 +362,29 @@ def check_far_offsets() -> None:
         wide = [None, None, *(factor.double() for factor in spatial[2:])]
         exact = _weight_grad(images.double(), kept.double(), wide, [40, 5, 3, 3], plain((3, 3)))
         assert_near(thin, exact, factor=500, terms=80)
+    x, factor = torch.randn(256, 16).to(BF16), torch.randn(16, 16).to(BF16)
+    step = 2**24  # between two rows of the core: from one block of a tile to the other it is 2^31
+    core = torch.frombuffer(
+        mmap.mmap(-1, 2 * 256 * step, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE), dtype=BF16
+    )
+    with strict():
+        tucker.project_kernel[(1,)](
+            *(x, factor, factor, core, 1, 256, 16, 1, 0, 0, 16, 1, 0, 0, 0, step, 1, 16, 1),
+            STREAM_UNIT=1,
+            TOTAL_UNIT=1,
+            STREAM_CONTIGUOUS=False,
+            TOTAL_CONTIGUOUS=True,
+            ALIGN=1,
+            R=16,
+            Q=16,
+            STREAM=128,
+            SUM=16,
+            TWO_SIDED=False,
+            BLOCKS=2,
+            PRECISION="ieee",
+        )
+    rows = core.as_strided((256, 16), (step, 1))
+    assert_near(rows, x.double() @ factor.double(), factor=2)
     memory = mmap.mmap(-1, 4 * (far + 128), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
     parts, total = torch.frombuffer(memory, dtype=FP32), torch.empty(128)
     with torch.no_grad():

@@ -12,7 +12,18 @@ from tests.kernels.programs import interpreted
 
 
 def test_kernels_agree_with_the_references_under_the_interpreter():
-    assert interpreted("interpreted_norms") == "273 cases"
+    assert interpreted("interpreted_norms") == "294 cases"
+
+
+def test_max_pool_refuses_what_the_reference_refuses():
+    window = ((3, 3), (1, 1), (0, 0), (1, 1), False)
+    with pytest.raises(RuntimeError, match="too small for the window"):
+        pooling.max_pool_offsets(torch.randn(1, 1, 2, 2), *window)
+    grad = torch.randn(1, 1, 2, 2)
+    with pytest.raises(RuntimeError, match=r"size is \[5, 5\], which does not pool to \[2, 2\]"):
+        pooling.max_pool_grad(grad, grad.byte(), (5, 5), *window)
+    with pytest.raises(RuntimeError, match="expected the same shape, and"):
+        pooling.max_pool_grad(grad, grad, (4, 4), *window)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

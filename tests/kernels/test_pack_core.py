@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lance_kernels.kernels.pack_core import pack_core, unpack_core
+from lance_kernels.ops.pack_core import scale_table
 from tests.kernels.compiled import assert_without_spills, compiling_for
 from tests.kernels.programs import interpreted
 
@@ -26,3 +27,14 @@ def test_kernels_compile_through_their_launchers(capability, dtype):
             unpack_core(packed, [64, 128], bits, dtype)
     assert [kernel.name for kernel in compiled] == ["magnitudes_kernel", "pack_kernel", "unpack_kernel"] * 4
     assert_without_spills(compiled, least_bytes=4)  # scales and codes
+    # A fused multiplication and addition would round the mean of subnormal quotients otherwise than the reference.
+    sixteenths = [line for kernel in compiled for line in kernel.sass.splitlines() if "0.0625" in line]
+    assert sixteenths
+    assert not any("FFMA" in line for line in sixteenths)
+
+
+def test_scales_are_those_of_the_cpu_whatever_the_default_device():
+    scale_table.cache_clear()
+    with torch.device("meta"):
+        table = scale_table(torch.device("cpu"))
+    assert torch.equal(table, torch.exp2(torch.arange(254, dtype=torch.float64) / -8).float())

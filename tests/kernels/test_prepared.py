@@ -33,6 +33,8 @@ def test_is_made_once_and_again_when_the_factor_changes():
     assert doubled(factor, ("other",)) is not first
     factor.mul_(3)
     assert torch.equal(doubled(factor), torch.full((3,), 6.0))
+    factor.data = torch.full((3,), 5.0)
+    assert torch.equal(doubled(factor), torch.full((3,), 10.0))
     assert len(_prepared._PREPARED) == 2
     del factor
     assert not _prepared._PREPARED

@@ -311,3 +311,9 @@ def test_wide_ranks_are_projected_almost_without_spills(capability, dtype):
             grad, core_for(shape, ranks).to(dtype), factors_for(shape, ranks), weight, geometry
         )
         assert cost.projected == math.inf
+
+
+def test_modes_beyond_32_bits_take_the_reference():
+    far = tucker.MAX_EXTENT
+    assert tucker.plan((far, 64), (64, 1), (None, 8)) is not None
+    assert tucker.plan((far + 1, 64), (64, 1), (None, 8)) is None
