@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 import lance_kernels as lance
 import lance_kernels.state
-from tests.continual_cases import learner_of, network, task, train
+from tests.continual_cases import assert_protected, learner_of, network, task, train, weights
 
 
 def make(factory=network):
@@ -182,3 +183,25 @@ def test_a_model_with_a_learner_saves_what_a_plain_one_loads():
         state = lance.plain_state_dict(model.state_dict())
     plain.load_state_dict(state)
     assert torch.equal(plain[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))])
+def test_copies_protect_too(copied):
+    model, optimizer, learner = make()
+    learner.begin_task(task(0))
+    train(model, optimizer, task(0), 5)
+    learner.end_task(task(0))
+    other, another, copy_of = copied((model, optimizer, learner))
+    before = weights(copy_of)
+    copy_of.begin_task(task(1))
+    train(other, another, task(1), 10)
+    assert_protected(copy_of, before)
+    copy_of.end_task(task(1))
+    assert (learner.tasks, copy_of.tasks) == (1, 2)
+
+
+def test_a_closed_learner_has_no_state():
+    _, _, learner = make()
+    learner.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        learner.state_dict()

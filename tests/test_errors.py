@@ -97,6 +97,17 @@ class DTensor(torch.Tensor):
     """Has the name by which a sharded tensor is known."""
 
 
+def changed(in_task=False):
+    one = learner(energy=0.5)
+    one.begin_task(batches())
+    one.end_task(batches())
+    if in_task:
+        one.begin_task(batches())
+    with torch.no_grad():
+        one.model.weight.mul_(2)
+    (one.end_task if in_task else one.begin_task)(batches())
+
+
 def sharded():
     model = nn.Linear(6, 3)
     model.weight = nn.Parameter(model.weight.detach().as_subclass(DTensor))
@@ -167,6 +178,8 @@ CASES = {
     "NullSpaceLearner: closed": lambda: tasks("begin_task", closed=True),
     "NullSpaceLearner: no batch reached ": unreached,
     "NullSpaceLearner: no direction is free in ": lambda: tasks("begin_task", "end_task", energy=1.0),
+    "NullSpaceLearner: since the last task, weights changed along protected directions in ": changed,
+    "NullSpaceLearner.end_task: weights changed along protected directions in ": lambda: changed(in_task=True),
     "NullSpaceLearner.load_state_dict: ": lambda: learner().load_state_dict({}),
     "NullSpaceLearner.load: ": damaged_learner,
     "lance::linear is differentiable once": second_derivative,

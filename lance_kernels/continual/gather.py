@@ -142,11 +142,19 @@ class Gatherer:
         model: the model, with compressed layers.
         loader: batches, as for `calibrate`; iterated up to twice.
         max_batches: number of batches to use; None for all.
+        forward_fn: runs the model on a batch, as for `calibrate`; None for its own way.
         progress: show a progress bar.
     """
 
-    def __init__(self, model: nn.Module, loader: Iterable[Any], max_batches: int | None, progress: bool) -> None:
-        self.run = _Runner(model, loader, max_batches, None, progress)
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        max_batches: int | None,
+        forward_fn: Callable[[nn.Module, Any], Any] | None,
+        progress: bool,
+    ) -> None:
+        self.run = _Runner(model, loader, max_batches, forward_fn, progress)
         self.ranks = Ranks()
 
     def features(self, layers: Mapping[str, CompressedLayer]) -> dict[str, torch.Tensor]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,110 +20,14 @@ from lance_kernels.continual.factors import check_factors, factors_state, load_f
 from lance_kernels.continual.gather import Found, Gatherer, protected_directions
 from lance_kernels.continual.layers import PatchConvolution, keep_patches_
 from lance_kernels.continual.policy import After, Policy
-from lance_kernels.continual.protection import Protection
-from lance_kernels.convert import Summary, compress_, compressed_layers, is_dtensor, revert_
+from lance_kernels.continual.protection import FAR, Protection
+from lance_kernels.continual.summary import Capacity, LayerMemory, LearnerSummary, Memory
+from lance_kernels.convert import compress_, compressed_layers, is_dtensor, revert_
 from lance_kernels.nn._compressed import CompressedLayer
 from lance_kernels.ops._checks import FLOATING
 from lance_kernels.state import atomic_save, share_factors
 
 FORMAT = 2
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """How much of one layer's input is taken.
-
-    Attributes:
-        size: directions in all, of all groups.
-        used: directions that are protected.
-        free: directions that later tasks may use.
-        next_rank: directions that the present task trains, or a next one like the last would; at most `free`.
-        full: nothing is free: the weight is frozen.
-    """
-
-    size: int
-    used: int
-    free: int
-    next_rank: int
-    full: bool
-
-
-@dataclass(frozen=True)
-class LayerMemory:
-    """Bytes that tasks leave behind in one layer.
-
-    Attributes:
-        basis: stored protected directions.
-        product: the weight's value on them.
-        working: what is made from both and held while training: an orthonormal basis, and random combinations by which
-            a change of that value is noticed.
-    """
-
-    basis: int
-    product: int
-    working: int
-
-    @property
-    def stored(self) -> int:
-        """What has to be kept from task to task, and is saved."""
-        return self.basis + self.product
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.stored + self.working
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that tasks leave behind.
-
-    Attributes:
-        layers: by layer name.
-    """
-
-    layers: dict[str, LayerMemory]
-
-    @property
-    def stored(self) -> int:
-        """What has to be kept from task to task, and is saved, of all layers."""
-        return sum(layer.stored for layer in self.layers.values())
-
-    @property
-    def working(self) -> int:
-        """What is made from it and held while training, of all layers."""
-        return sum(layer.working for layer in self.layers.values())
-
-    @property
-    def total(self) -> int:
-        """Everything."""
-        return self.stored + self.working
-
-
-@dataclass
-class LearnerSummary:
-    """What a learner protects, and what happens to the rest.
-
-    Attributes:
-        tasks: tasks that have ended.
-        capacity: by protected layer.
-        policy: by kind of parameter, and for running statistics.
-        compression: what `compress_` did.
-    """
-
-    tasks: int
-    capacity: dict[str, Capacity]
-    policy: dict[str, str]
-    compression: Summary = field(default_factory=Summary)
-
-    def __str__(self) -> str:
-        lines = [f"{self.tasks} tasks ended, {len(self.capacity)} layers protected"]
-        for name, layer in self.capacity.items():
-            state = "full, frozen" if layer.full else f"next task: {layer.next_rank}"
-            lines.append(f"  {name or '(root)'}: {layer.used} of {layer.size} directions used, {state}")
-        lines += [f"  {kind}: {what}" for kind, what in self.policy.items()]
-        lines += [f"  {name or '(root)'}: not protected, {reason}" for name, reason in self.compression.left.items()]
-        return "\n".join(lines)
 
 
 class NullSpaceLearner:
@@ -142,6 +45,7 @@ class NullSpaceLearner:
         optimizer: trains the model; any of `torch.optim`, or all of them where there are several.
         energy: share of a task's energy that the protected directions carry, in (0, 1].
         config: how far inputs are compressed; `LanceConfig()` by default.
+        forward_fn: `forward_fn(model, batch)` runs the model on a batch, as for `calibrate`.
         heads: patterns of modules that belong to one task each; their weights are not protected.
         after_first_task: "freeze" takes biases, norms, embeddings and all else that no null space protects out of
             training once the first task has ended, keeps running statistics, and freezes a head after the first task
@@ -164,6 +68,7 @@ class NullSpaceLearner:
         energy: float = 0.97,
         *,
         config: LanceConfig | None = None,
+        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         heads: Sequence[str] = (),
         after_first_task: After = "freeze",
         max_batches: int | None = 50,
@@ -177,9 +82,10 @@ class NullSpaceLearner:
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         _check_local(self.model)
         self.energy, self.max_batches, self.progress = energy, max_batches, progress
+        self.forward_fn = forward_fn
         self.tasks = 0
         self.in_task = False
-        self._closed = False
+        self.closed = False
         self._protected: dict[str, Protection] = {}
         self._next_rank: dict[str, int] = {}
         self._handles: dict[str, RemovableHandle] = {}
@@ -230,9 +136,13 @@ class NullSpaceLearner:
         for protection in self._protected.values():
             # The model may be on another device than when the task before ended.
             protection.make_probes()
+        changed = self._changed()
+        for name in changed:
+            self._protected[name].remember()
         self._hook_gradients()
         self.in_task = True
-        _warn_of(frozen, [name for name in found.uncalled if name in protected], "these layers stay plain in this task")
+        unreached = [name for name in found.uncalled if name in protected]
+        _warn_of(frozen, unreached, "these layers stay plain in this task", changed)
 
     def end_task(self, loader: Iterable[Any]) -> None:
         """Protects what the task that was trained uses of every layer's input.
@@ -241,13 +151,19 @@ class NullSpaceLearner:
             loader: the task's batches, as for `begin_task`.
 
         Raises:
-            RuntimeError: no task has begun, the learner is closed, a protected layer was replaced, or an input holds
-                NaN or infinity.
+            RuntimeError: no task has begun, the learner is closed, a protected layer was replaced, an input holds NaN
+                or infinity, or a weight changed along protected directions, as in steps of an optimizer that the
+                learner does not watch.
             ValueError: the loader gave no batch.
         """
         self._check_usable()
         if not self.in_task:
             raise RuntimeError("NullSpaceLearner.end_task: no task has begun; call begin_task first")
+        if changed := self._changed():
+            raise RuntimeError(
+                f"NullSpaceLearner.end_task: weights changed along protected directions in {_listed(changed)} in "
+                "steps that were not seen; expected steps of the learner's optimizers (use_optimizer gives it others)"
+            )
         layers = {name: p.layer for name, p in self._protected.items() if not p.full}
         grams = self._gatherer(loader).features(layers)
         found = {
@@ -317,7 +233,12 @@ class NullSpaceLearner:
         return LearnerSummary(self.tasks, self.capacity(), self.policy.describe(self._weights()), self._compression)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the model's and the optimizer's own states, as plain values and tensors."""
+        """Everything but the model's and the optimizer's own states, as plain values and tensors.
+
+        Raises:
+            RuntimeError: the learner is closed.
+        """
+        self._check_open()
         return {
             "format": FORMAT,
             "tasks": self.tasks,
@@ -368,9 +289,9 @@ class NullSpaceLearner:
 
     def close(self) -> None:
         """Removes every hook and leaves a plain model in which all is trainable that was before; cannot be undone."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         for handle in (*self._step_handles, *self._handles.values()):
             handle.remove()
         self._handles = {}
@@ -421,6 +342,20 @@ class NullSpaceLearner:
         if wrong := [name for name, number in numbers.items() if not isinstance(number, int)]:
             raise ValueError(f"{wrong} are no numbers")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied or pickled optimizer or weight has no hooks.
+        return {**vars(self), "_step_handles": [], "_handles": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if not self.closed:
+            self._step_handles = [one.register_step_post_hook(self._after_step) for one in self.optimizers]
+            self._hook_gradients()
+
+    def _changed(self) -> list[str]:
+        """Layers whose weights moved along protected directions by more than roundings."""
+        return [name for name, p in self._protected.items() if p.guards and not float(p.moved()) <= FAR]
+
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         with torch.no_grad():
             self.policy.look_at_heads()
@@ -462,14 +397,17 @@ class NullSpaceLearner:
 
     def _gatherer(self, loader: Iterable[Any]) -> Gatherer:
         batches = list(islice(loader, self.max_batches)) if isinstance(loader, Iterator) else loader
-        return Gatherer(self.model, batches, self.max_batches, self.progress)
+        return Gatherer(self.model, batches, self.max_batches, self.forward_fn, self.progress)
 
     def _weights(self) -> list[torch.Tensor]:
         return [protection.layer.weight for protection in self._protected.values()]
 
-    def _check_usable(self) -> None:
-        if self._closed:
+    def _check_open(self) -> None:
+        if self.closed:
             raise RuntimeError("NullSpaceLearner: closed; make a new one")
+
+    def _check_usable(self) -> None:
+        self._check_open()
         modules = dict(self.model.named_modules(remove_duplicate=False))
         replaced = [name or "(root)" for name, p in self._protected.items() if modules.get(name) is not p.layer]
         if replaced:
@@ -548,14 +486,19 @@ def _check_local(model: nn.Module) -> None:
         raise ValueError(f"NullSpaceLearner: the parameter {sharded[0]!r} is a DTensor; expected a local tensor")
 
 
-def _warn_of(frozen: Sequence[str], unreached: Sequence[str], consequence: str) -> None:
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(name or "(root)" for name in names)
+
+
+def _warn_of(frozen: Sequence[str], unreached: Sequence[str], consequence: str, changed: Sequence[str] = ()) -> None:
     """Warns at the end of `begin_task` and `end_task`, whose work is then done where warnings are made errors."""
     for names, said, then in (
         (frozen, "no direction is free in", "frozen from now on"),
         (unreached, "no batch reached", consequence),
+        (changed, "since the last task, weights changed along protected directions in", "they are kept as they are"),
     ):
         if names:
-            warnings.warn(f"NullSpaceLearner: {said} {', '.join(names)}; {then}", stacklevel=3)
+            warnings.warn(f"NullSpaceLearner: {said} {_listed(names)}; {then}", stacklevel=3)
 
 
 def _shared_weights(model: nn.Module) -> set[int]:

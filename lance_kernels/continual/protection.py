@@ -72,6 +72,12 @@ class Protection:
             self.product = product.to(self.basis.packed.device, accumulation_dtype(self.layer.weight.dtype))
         self.make_probes()
 
+    def remember(self) -> None:
+        """Takes the weight's present value along the protected directions for the one to keep."""
+        product = self.basis.components(self._weight(torch.float64))
+        self.product = product.to(self.basis.packed.device, accumulation_dtype(self.layer.weight.dtype))
+        self.make_probes()
+
     def make_probes(self) -> None:
         """Combinations of directions and of the remembered product, from these and the seed; on the weight's device."""
         self.probes = self.targets = None

@@ -27,15 +27,33 @@ class Attached:
         self._state: dict[str, Any] | None = None  # of a learner that is still to be made
         self._goes_on = False  # whether the next task begins with a state that was loaded
 
-    def begin_task(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], loader: Iterable[Any]) -> None:
+    def begin_task(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        loader: Iterable[Any],
+        resumes: bool = False,
+    ) -> None:
         """Begins a task with the loop's present optimizers; one that has not ended, as its loop failed, is dropped.
 
         Where a state was loaded that was taken in the middle of a task, that task goes on.
 
+        Args:
+            model: the loop's model.
+            optimizers: the loop's optimizers.
+            loader: the task's batches.
+            resumes: whether the loop goes on from a checkpoint.
+
         Raises:
             ValueError: the model is another than before, or a state that was loaded is not of its learner.
+            RuntimeError: a state from the middle of a task was loaded, and the loop begins another.
         """
         learner = self.attach(model, optimizers)
+        if learner.in_task and self._goes_on and not resumes:
+            raise RuntimeError(
+                f"{type(self).__name__}: the state that was loaded is from the middle of a task; expected the loop "
+                "to go on from the same checkpoint, which ends a task that was trained to its end, too"
+            )
         goes_on, self._goes_on = self._goes_on, False
         if learner.in_task:
             if goes_on:
@@ -73,8 +91,8 @@ class Attached:
         self.learner.end_task(loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """The learner's state; empty before the first task."""
-        return {} if self.learner is None else self.learner.state_dict()
+        """The learner's state; empty before the first task and after `close`."""
+        return {} if self.learner is None or self.learner.closed else self.learner.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where another learner of the same model and arguments was; the model's own state is loaded beside it.

@@ -46,18 +46,19 @@ class NullSpaceCallback(Attached, TrainerCallback):
         """Begins a task on the trainer's own batches, or goes on with that of the checkpoint that was loaded.
 
         Raises:
-            RuntimeError: training goes on from a checkpoint, and there is no learner to go on with.
+            RuntimeError: training goes on from a checkpoint and the learner does not, or the other way round.
         """
-        if state.global_step and self.learner is None:
+        resumes = state.global_step > 0
+        if resumes and (self.learner is None or not (self._goes_on or self.learner.in_task)):
             raise RuntimeError(
                 f"NullSpaceCallback: training goes on from step {state.global_step} without the learner of the steps "
                 "before; expected load_checkpoint(folder) before the Trainer was made"
             )
-        self.begin_task(kwargs["model"], [kwargs["optimizer"]], kwargs["train_dataloader"])
+        self.begin_task(kwargs["model"], [kwargs["optimizer"]], kwargs["train_dataloader"], resumes)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the learner's state into the checkpoint's folder."""
-        if args.should_save and self.learner is not None:
+        if args.should_save and self.learner is not None and not self.learner.closed:
             self.learner.save(Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", STATE_NAME))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -22,6 +22,10 @@ class NullSpaceCallback(Attached, Callback):
         **arguments: of `NullSpaceLearner`, other than `model` and `optimizer`.
     """
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._restores = True  # whether states that are loaded are taken
+
     def load_checkpoint(self, path: str | Path, weights_only: bool = True) -> None:
         """Goes on where the learner of a checkpoint was; `fit` loads model and optimizers.
 
@@ -41,16 +45,41 @@ class NullSpaceCallback(Attached, Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Swaps and freezes layers as in the checkpoint that was loaded, before the model's state is loaded."""
+        self._restores = stage == "fit"
         if stage == "fit" and self._state is not None:
+            if next(pl_module.parameters(), None) is None:
+                raise RuntimeError(
+                    f"NullSpaceCallback: {type(pl_module).__name__} has no parameters before its own setup; expected "
+                    "its layers to be made in __init__, where training goes on from a checkpoint"
+                )
             self.attach(pl_module, [unstepped(pl_module)])
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes states again."""
+        self._restores = True
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another learner was, but for the states that Lightning loads to test and validate.
+
+        Raises:
+            ValueError: the state is not of this model's learner.
+        """
+        if self._restores:
+            super().load_state_dict(state)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins a task on the trainer's own batches."""
-        self.begin_task(pl_module, trainer.optimizers, self._loader(trainer))
+        """Begins a task on the trainer's own batches, or goes on with that of the checkpoint."""
+        self.begin_task(pl_module, trainer.optimizers, self._loader(trainer), trainer.ckpt_path is not None)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the task."""
         self.end_task(self._loader(trainer))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends a task that was trained to its end in the checkpoint: training has not begun then."""
+        if self._goes_on and trainer.ckpt_path is not None and self.learner is not None and self.learner.in_task:
+            self._goes_on = False
+            self.end_task(self._loader(trainer))
 
     def _loader(self, trainer: Trainer) -> Any:
         return trainer.train_dataloader

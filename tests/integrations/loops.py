@@ -30,8 +30,8 @@ class Watch:
         self.weights = {n: p.layer.weight.detach().clone() for n, p in learner._protected.items()}
         self.kept = {n: p.basis.dense().float() for n, p in learner._protected.items()}
 
-    def check(self) -> None:
-        assert self.learner.tasks == 2
+    def check(self, tasks: int = 2) -> None:
+        assert self.learner.tasks == tasks
         moved = {n: p.layer.weight.detach() - self.weights[n] for n, p in self.learner._protected.items()}
         for name, change in moved.items():
             assert (change @ self.kept[name]).norm() < 1e-6 * self.weights[name].norm()

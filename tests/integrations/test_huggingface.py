@@ -126,3 +126,21 @@ def test_a_state_of_another_model_leaves_the_model_plain(tmp_path: Path) -> None
         trainer(model, 1, later, tmp_path)
     assert type(model.body[0]) is nn.Linear
     assert later.learner is None
+
+
+def test_a_finished_task_is_ended_once(tmp_path: Path) -> None:
+    model, callback = Classifier(), NullSpaceCallback(**ARGUMENTS, after_first_task="train")
+    trainer(model, 0, callback, tmp_path, save="epoch").train()
+    last = str(tmp_path / "checkpoint-12")
+    with pytest.raises(RuntimeError, match="goes on from step 12 without the learner of the steps before"):
+        trainer(model, 0, callback, tmp_path).train(resume_from_checkpoint=last)
+    other, later = Classifier(), NullSpaceCallback(**ARGUMENTS, after_first_task="train")
+    later.load_checkpoint(last)
+    with pytest.raises(RuntimeError, match="from the middle of a task; expected the loop to go on"):
+        trainer(other, 1, later, tmp_path / "next").train()
+    trainer(other, 0, later, tmp_path).train(resume_from_checkpoint=last)
+    assert later.learner is not None
+    assert later.learner.tasks == 1
+    watch = Watch(later.learner)
+    trainer(other, 1, later, tmp_path / "next").train()
+    watch.check()

@@ -28,6 +28,9 @@ class Classifier(pl.LightningModule):
     def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
         return cross_entropy(self(batch[0]), batch[1])
 
+    def test_step(self, batch: list[torch.Tensor], index: int) -> None:
+        self(batch[0])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), 0.05, weight_decay=0.1)
 
@@ -150,3 +153,74 @@ def test_a_checkpoint_without_a_learner_is_refused(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
     with pytest.raises(ValueError, match="has no state of NullSpaceCallback; expected"):
         NullSpaceCallback(**ARGUMENTS).load_checkpoint(tmp_path / "plain.ckpt")
+
+
+def test_testing_the_best_weights_leaves_the_learner_as_it_is(tmp_path: Path) -> None:
+    module, callback = Classifier(), NullSpaceCallback(**ARGUMENTS)
+    saving = ModelCheckpoint(tmp_path, filename="best", save_on_train_epoch_end=True)
+    trainer = fit(module, 0, callback, [saving])
+    trainer.test(module, DataLoader(TensorDataset(*data(0)), 8), ckpt_path=tmp_path / "best.ckpt", verbose=False)
+    assert callback.learner is not None
+    assert (callback.learner.tasks, callback.learner.in_task) == (1, False)
+    assert not module.body[0].bias.requires_grad
+    watch = Watch(callback.learner)
+    fit(module, 1, callback)
+    watch.check()
+
+
+def test_going_on_from_the_end_of_a_task_ends_it(tmp_path: Path) -> None:
+    module, callback = first_task()
+    saving = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
+    fit(module, 1, callback, [saving], shuffle=False)
+    other, later = Classifier(), NullSpaceCallback(**ARGUMENTS)
+    later.load_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(RuntimeError, match="from the middle of a task; expected the loop to go on"):
+        fit(other, 2, later)
+    fit(other, 1, later, shuffle=False, path=tmp_path / "last.ckpt")
+    assert_same(module, callback, other, later)
+    assert later.learner is not None
+    watch = Watch(later.learner)
+    fit(other, 2, later)
+    watch.check(tasks=3)
+
+
+def test_a_closed_learner_is_not_saved(tmp_path: Path) -> None:
+    module, callback = Classifier(), NullSpaceCallback(**ARGUMENTS)
+    trainer = fit(module, 0, callback)
+    callback.close()
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    assert callback.state_dict() == {}
+    assert set(torch.load(tmp_path / "plain.ckpt", weights_only=True)["state_dict"]) == set(Classifier().state_dict())
+
+
+class Late(Classifier):
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+
+    def setup(self, stage: str) -> None:
+        self.body = network()
+
+
+def test_layers_that_are_made_later_are_named(tmp_path: Path) -> None:
+    callback = NullSpaceCallback(**ARGUMENTS)
+    fit(Late(), 0, callback).save_checkpoint(tmp_path / "late.ckpt")
+    later = NullSpaceCallback(**ARGUMENTS)
+    later.load_checkpoint(tmp_path / "late.ckpt")
+    with pytest.raises(RuntimeError, match="Late has no parameters before its own setup"):
+        fit(Late(), 0, later, path=tmp_path / "late.ckpt")
+
+
+class Named(Classifier):
+    def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+        return cross_entropy(self(batch["x"]), batch["labels"])
+
+
+def test_batches_of_another_form() -> None:
+    module = Named()
+    callback = NullSpaceCallback(**ARGUMENTS, forward_fn=lambda model, batch: model(batch["x"]))
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[callback], logger=False, enable_checkpointing=False
+    )
+    trainer.fit(module, DataLoader([{"x": x, "labels": y} for x, y in zip(*data(0))], 8))
+    assert callback.learner is not None
+    assert callback.learner.tasks == 1

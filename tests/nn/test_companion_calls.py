@@ -71,6 +71,20 @@ def test_a_mode_around_ours_sees_what_our_modules_call():
     assert F.relu not in seen.calls  # ours replaced it before
 
 
+def test_arguments_that_pytorch_refuses_are_refused():
+    module = nn.GELU("Tanh")
+    lance.nn.companions.apply_companions(module, "quantized")
+    with pytest.raises(RuntimeError, match="approximate argument must be either none or tanh"):
+        module(torch.randn(3, requires_grad=True))
+
+
+def test_models_are_traced_without_gradients():
+    block, x = compressed()
+    with torch.no_grad():
+        traced = torch.jit.trace(block, x)
+        assert torch.equal(traced(x), block(x))
+
+
 @pytest.mark.parametrize("name", ["convolution", "linear", "norm", "pool"])
 def test_the_mode_is_back_when_a_module_fails(name):
     block, x = compressed()

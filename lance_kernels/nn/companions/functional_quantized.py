@@ -18,7 +18,7 @@ from lance_kernels.nn.companions.functional import takes
 
 def gelu(input: torch.Tensor, approximate: str = "none", bits: int = 8) -> torch.Tensor:
     """As `torch.nn.functional.gelu`; keeps `bits` bits an element."""
-    if not takes(input):
+    if not takes(input) or approximate not in ("none", "tanh"):
         return F.gelu(input, approximate=approximate)
     return ops.activation(input, "gelu_tanh" if approximate == "tanh" else "gelu", bits)
 
