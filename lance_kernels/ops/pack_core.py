@@ -68,7 +68,7 @@ def pack_core(core: torch.Tensor, bits: int) -> torch.Tensor:
 
     Returns:
         One uint8 buffer of `packed_bytes(core.shape, bits)` bytes. A group that holds NaN or infinity (in float32)
-        unpacks to NaN throughout.
+        unpacks to NaN throughout, and one that reaches the largest float32 may unpack to infinity or NaN.
 
     Raises:
         RuntimeError: `bits` is another number, or the dtype is not a floating one.

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import lance_kernels as lance
+from lance_kernels.ops.pack_core import scale_table
 
 
 class Network(nn.Module):
@@ -98,19 +99,24 @@ def test_autocast_stays_near_full_precision(device, dtype):
             assert cosine > 0.97, name
 
 
-def test_compiled_whole(device):
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"] if torch.cuda.is_available() else ["default"])
+def test_compiled_whole(device, mode):
     model = network().to(device)
     lance.compress_(model)
     lance.calibrate(model, [batch(device)[0]], progress=False)
-    expected = gradients(model, device)
     torch._dynamo.reset()
-    backend = "inductor" if device == "cuda" else "aot_eager"
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    how = {"mode": mode} if device == "cuda" else {"backend": "aot_eager"}
+    compiled = torch.compile(model, fullgraph=True, **how)
     x, labels = batch(device)
-    model.zero_grad()
-    cross_entropy(compiled(x), labels).backward()
+    # What is made once is made in the first step, which allocates in the memory of the CUDA graphs to come.
+    scale_table.cache_clear()
+    for _ in range(4):  # the last steps are replayed
+        torch.compiler.cudagraph_mark_step_begin()
+        model.zero_grad()
+        cross_entropy(compiled(x), labels).backward()
     mine = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
-    assert_alike(mine, expected, 3e-2)
+    model.zero_grad()
+    assert_alike(mine, gradients(model, device), 3e-2)
 
 
 def test_report_compares_steps_with_the_same_dropout(device):
