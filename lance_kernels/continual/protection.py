@@ -66,15 +66,19 @@ class Protection:
         if self.product is not None:
             weight = weight - self.basis.expand(self.basis.components(weight) - self.product.to(weight))
         self.basis.add(coordinates)
-        self.product, self.seed = None, seed
+        self.seed = seed
         if self.basis.width and not self.full:
-            product = self.basis.components(weight)
-            self.product = product.to(self.basis.packed.device, accumulation_dtype(self.layer.weight.dtype))
-        self.make_probes()
+            self.remember(weight)
+        else:
+            self.product = self.probes = self.targets = None
 
-    def remember(self) -> None:
-        """Takes the weight's present value along the protected directions for the one to keep."""
-        product = self.basis.components(self._weight(torch.float64))
+    def remember(self, weight: torch.Tensor | None = None) -> None:
+        """Takes a weight's value along the protected directions for the one to keep.
+
+        Args:
+            weight: `(groups, O / groups, n)`, float64; None for the layer's present one.
+        """
+        product = self.basis.components(self._weight(torch.float64) if weight is None else weight)
         self.product = product.to(self.basis.packed.device, accumulation_dtype(self.layer.weight.dtype))
         self.make_probes()
 
