@@ -339,39 +339,6 @@ def tokens(number):
     ]
 
 
-def test_weights_that_are_loaded_between_tasks_are_kept():
-    model = network()
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.1)
-    learner = learner_of(model, optimizer)
-    learner.begin_task(task(0))
-    train(model, optimizer, task(0), 5)
-    best = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    train(model, optimizer, task(0), 5)
-    learner.end_task(task(0))
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(best[name])
-    with pytest.warns(UserWarning, match="since the last task, weights changed along protected directions in"):
-        learner.begin_task(task(1))
-    before = weights(learner)
-    train(model, optimizer, task(1), 10)
-    assert_protected(learner, before)
-
-
-def test_steps_that_are_not_seen_are_found_at_the_end():
-    model = network()
-    learner = learner_of(model, torch.optim.SGD(model.parameters(), 0.1))
-    later = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.1)
-    for number in range(2):
-        learner.begin_task(task(number))
-        train(model, later, task(number), 5)
-        if not number:
-            learner.end_task(task(number))
-    with pytest.raises(RuntimeError, match=r"weights changed along protected directions in .*use_optimizer"):
-        learner.end_task(task(1))
-    assert learner.tasks == 1
-
-
 def test_a_model_made_tensor_parallel_later_is_refused(tmp_path):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -97,6 +97,14 @@ class DTensor(torch.Tensor):
     """Has the name by which a sharded tensor is known."""
 
 
+def foreign_weights():
+    one, other = learner(energy=0.5), learner(energy=0.5)
+    one.begin_task(batches())
+    one.end_task(batches())
+    other.load_state_dict(one.state_dict())
+    other.begin_task(batches())
+
+
 def changed(in_task=False):
     one = learner(energy=0.5)
     one.begin_task(batches())
@@ -180,6 +188,7 @@ CASES = {
     "NullSpaceLearner: no direction is free in ": lambda: tasks("begin_task", "end_task", energy=1.0),
     "NullSpaceLearner: since the last task, weights changed along protected directions in ": changed,
     "NullSpaceLearner.end_task: weights changed along protected directions in ": lambda: changed(in_task=True),
+    "NullSpaceLearner.begin_task: weights are not those of the state that was loaded": foreign_weights,
     "NullSpaceLearner.load_state_dict: ": lambda: learner().load_state_dict({}),
     "NullSpaceLearner.load: ": damaged_learner,
     "lance::linear is differentiable once": second_derivative,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import warnings
 from collections import Counter
@@ -20,9 +21,10 @@ from lance_kernels.continual.factors import check_factors, factors_state, load_f
 from lance_kernels.continual.gather import Found, Gatherer, protected_directions
 from lance_kernels.continual.layers import PatchConvolution, keep_patches_
 from lance_kernels.continual.policy import After, Policy
-from lance_kernels.continual.protection import FAR, Protection
+from lance_kernels.continual.protection import Protection
 from lance_kernels.continual.summary import Capacity, LayerMemory, LearnerSummary, Memory
 from lance_kernels.convert import compress_, compressed_layers, is_dtensor, revert_
+from lance_kernels.distributed import Ranks
 from lance_kernels.nn._compressed import CompressedLayer
 from lance_kernels.ops._checks import FLOATING
 from lance_kernels.state import atomic_save, share_factors
@@ -56,7 +58,7 @@ class NullSpaceLearner:
         progress: show progress bars.
 
     Raises:
-        TypeError: `model`, `optimizer` or `config` is something else.
+        TypeError: `model`, `optimizer`, `config` or `forward_fn` is something else.
         ValueError: another argument is out of its range, no optimizer holds the weight of a layer to protect, or the
             model is compressed already, has no layer to protect or is tensor parallel.
     """
@@ -77,6 +79,10 @@ class NullSpaceLearner:
         progress: bool = True,
     ) -> None:
         config = LanceConfig() if config is None else config
+        if forward_fn is not None and not callable(forward_fn):
+            raise TypeError(
+                f"NullSpaceLearner: forward_fn is a {type(forward_fn).__name__}; expected a function or None"
+            )
         _check_arguments(energy, config, heads, after_first_task, max_batches, basis_dtype, basis_device)
         self.optimizers = _optimizers(optimizer)
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
@@ -86,6 +92,7 @@ class NullSpaceLearner:
         self.tasks = 0
         self.in_task = False
         self.closed = False
+        self._loaded = False  # whether a state was loaded since the last task began
         self._protected: dict[str, Protection] = {}
         self._next_rank: dict[str, int] = {}
         self._handles: dict[str, RemovableHandle] = {}
@@ -109,8 +116,8 @@ class NullSpaceLearner:
             loader: the task's batches, as for `calibrate`; iterated up to twice (an iterator's are kept).
 
         Raises:
-            RuntimeError: a task has begun already, the learner is closed, a protected layer was replaced, or an input
-                holds NaN or infinity.
+            RuntimeError: a task has begun already, the learner is closed, a protected layer was replaced, an input or
+                a protected weight holds NaN or infinity, or a state was loaded that is not of the model's weights.
             ValueError: the loader gave no batch, no optimizer holds the weight of a protected layer, or the model was
                 made tensor parallel.
         """
@@ -118,6 +125,12 @@ class NullSpaceLearner:
         if self.in_task:
             raise RuntimeError("NullSpaceLearner.begin_task: a task has begun; call end_task first")
         self._check_trained(self.optimizers)
+        changed = self._changed()
+        if changed and self._loaded:
+            raise RuntimeError(
+                f"NullSpaceLearner.begin_task: weights are not those of the state that was loaded in {_listed(changed)}"
+                "; expected the model's own state to be loaded, too, before a task begins"
+            )
         full = {name for name, protection in self._protected.items() if protection.full}
         layers = {name: layer for name, layer in self._layers.items() if name not in full}
         protected = {name: protection for name, protection in self._protected.items() if name not in full}
@@ -133,14 +146,10 @@ class NullSpaceLearner:
             layer.set_patch_factors(patch)
         share_factors(self.model, {n: o for n, o in found.shared.items() if not {n, o} & set(found.patches)})
         self._set_next_ranks(found)
-        for protection in self._protected.values():
-            # The model may be on another device than when the task before ended.
-            protection.make_probes()
-        changed = self._changed()
         for name in changed:
             self._protected[name].remember()
         self._hook_gradients()
-        self.in_task = True
+        self.in_task, self._loaded = True, False
         unreached = [name for name in found.uncalled if name in protected]
         _warn_of(frozen, unreached, "these layers stay plain in this task", changed)
 
@@ -274,6 +283,7 @@ class NullSpaceLearner:
         self._next_rank = dict(state["next_rank"])
         load_factors(self._layers, state["factors"])
         self._hook_gradients()
+        self._loaded = True
 
     def save(self, path: str | Path) -> None:
         """Writes `state_dict` to a file; one that is there stays whole until the new one is complete."""
@@ -352,9 +362,29 @@ class NullSpaceLearner:
             self._step_handles = [one.register_step_post_hook(self._after_step) for one in self.optimizers]
             self._hook_gradients()
 
+    def __copy__(self) -> NullSpaceLearner:
+        raise TypeError("NullSpaceLearner: a shallow copy would watch the same optimizers; use copy.deepcopy")
+
     def _changed(self) -> list[str]:
-        """Layers whose weights moved along protected directions by more than roundings."""
-        return [name for name, p in self._protected.items() if p.guards and not float(p.moved()) <= FAR]
+        """Layers whose weights moved along protected directions on any rank; those that only rounded are brought back.
+
+        Raises:
+            RuntimeError: a weight holds NaN or infinity.
+        """
+        found, error = [], None
+        for name, protection in self._protected.items():
+            if protection.product is None:
+                continue
+            protection.make_probes()  # the model may be on another device than they were made for
+            distance = float(protection.moved())
+            if not math.isfinite(distance):
+                error = RuntimeError(f"NullSpaceLearner: layer {name!r}: its weight holds NaN or infinity")
+            elif distance > protection.tolerance:
+                found.append(name)
+            elif distance > 1:
+                protection.restore_(distance)
+        everywhere = {name for names in Ranks().exchange(found, error) for name in names}
+        return [name for name in self._protected if name in everywhere]
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         with torch.no_grad():

@@ -105,7 +105,14 @@ class Protection:
         # In float32, these sums round by more than the threshold.
         weight = self._weight(torch.float64)
         away: torch.Tensor = (weight @ self.probes - self.targets).norm()
-        return away.div(ROUNDINGS * torch.finfo(self.layer.weight.dtype).eps * weight.norm())
+        eps = max(torch.finfo(dtype).eps for dtype in (self.layer.weight.dtype, self.basis.columns.dtype))
+        return away.div(ROUNDINGS * eps * weight.norm())
+
+    @property
+    def tolerance(self) -> float:
+        """How far `moved` may be by roundings alone: averages over thousands of weights add up to some."""
+        narrow = torch.finfo(self.layer.weight.dtype).eps > torch.finfo(torch.float32).eps
+        return ROUNDINGS if narrow else FAR
 
     def restore_(self, distance: float) -> None:
         """Brings the weight back.

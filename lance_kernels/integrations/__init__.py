@@ -52,7 +52,8 @@ class Attached:
         if learner.in_task and self._goes_on and not resumes:
             raise RuntimeError(
                 f"{type(self).__name__}: the state that was loaded is from the middle of a task; expected the loop "
-                "to go on from the same checkpoint, which ends a task that was trained to its end, too"
+                "to go on from the same checkpoint, which ends a task that was trained to its end, too, or "
+                "learner.drop_task() before"
             )
         goes_on, self._goes_on = self._goes_on, False
         if learner.in_task:

@@ -8,22 +8,23 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lance_kernels._batches import run_model, to_device_of
 from lance_kernels.integrations import Attached, unstepped
 
 
 class NullSpaceCallback(Attached, Callback):
     """Begins a task when a `Trainer` begins to fit, and ends it when that has ended.
 
-    The module's `forward` takes a batch's first entry. Give the same callback to the trainer of every task. Lightning's
-    checkpoints have the learner's state in them. A new process that goes on from one calls `load_checkpoint(path)`
-    before `fit(..., ckpt_path=path)`.
+    The module's `forward` takes a batch's first entry, in the trainer's precision; `forward_fn` runs others. Give the
+    same callback to the trainer of every task. Lightning's checkpoints have the learner's state in them. A new process
+    that goes on from one calls `load_checkpoint(path)` before `fit(..., ckpt_path=path)`.
 
     Args:
         **arguments: of `NullSpaceLearner`, other than `model` and `optimizer`.
     """
 
     def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
+        super().__init__(**{"forward_fn": _forward, **arguments})
         self._restores = True  # whether states that are loaded are taken
 
     def load_checkpoint(self, path: str | Path, weights_only: bool = True) -> None:
@@ -41,7 +42,7 @@ class NullSpaceCallback(Attached, Callback):
             raise ValueError(
                 f"NullSpaceCallback: {path} has no state of {self.state_key}; expected the checkpoint of a run with it"
             )
-        self.load_state_dict(states[self.state_key])
+        super().load_state_dict(states[self.state_key])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Swaps and freezes layers as in the checkpoint that was loaded, before the model's state is loaded."""
@@ -83,3 +84,7 @@ class NullSpaceCallback(Attached, Callback):
 
     def _loader(self, trainer: Trainer) -> Any:
         return trainer.train_dataloader
+
+
+def _forward(model: LightningModule, batch: Any) -> Any:
+    return run_model(model, model.trainer.precision_plugin.convert_input(to_device_of(model, batch)))

@@ -224,3 +224,36 @@ def test_batches_of_another_form() -> None:
     trainer.fit(module, DataLoader([{"x": x, "labels": y} for x, y in zip(*data(0))], 8))
     assert callback.learner is not None
     assert callback.learner.tasks == 1
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_batches_have_the_precision_of_the_trainer(precision: str) -> None:
+    module, callback = Classifier(), NullSpaceCallback(**ARGUMENTS)
+    for task in range(2):
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            callbacks=[callback],
+            logger=False,
+            enable_checkpointing=False,
+            precision=precision,
+        )
+        trainer.fit(module, DataLoader(TensorDataset(*data(task)), 8))
+    assert callback.learner is not None
+    assert callback.learner.tasks == 2
+
+
+class Interrupted(Classifier):
+    def test_step(self, batch: list[torch.Tensor], index: int) -> None:
+        raise KeyError("test")
+
+
+def test_a_checkpoint_is_loaded_after_a_test_that_failed(tmp_path: Path) -> None:
+    module, callback = Interrupted(), NullSpaceCallback(**ARGUMENTS)
+    saving = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
+    trainer = fit(module, 0, callback, [saving])
+    with pytest.raises(KeyError):
+        trainer.test(module, DataLoader(TensorDataset(*data(0)), 8), verbose=False)
+    callback.load_checkpoint(tmp_path / "last.ckpt")
+    assert callback.learner is not None
+    assert callback.learner.in_task
