@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tests.continual_cases import assert_protected, learner_of, network, task, train, weights
@@ -126,6 +127,20 @@ def test_weights_that_are_no_numbers_are_named_and_not_remembered():
     learner.begin_task(data_of(1))
     train(model, optimizer, data_of(1), 10)
     assert_protected(learner, before)
+
+
+def test_weights_of_zeros_stay_zeros():
+    model = network()
+    nn.init.zeros_(model[9].weight)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    learner = learner_of(model, optimizer)
+    model[9].weight.requires_grad_(False)
+    for number in range(2):
+        learner.begin_task(data_of(number))
+        train(model, optimizer, data_of(number), 3)
+        learner.end_task(data_of(number))
+    assert learner._protected["9"].product is not None
+    assert not model[9].weight.any()
 
 
 def test_a_state_without_the_models_is_refused():

@@ -106,7 +106,7 @@ class Protection:
         weight = self._weight(torch.float64)
         away: torch.Tensor = (weight @ self.probes - self.targets).norm()
         eps = max(torch.finfo(dtype).eps for dtype in (self.layer.weight.dtype, self.basis.columns.dtype))
-        return away.div(ROUNDINGS * eps * weight.norm())
+        return away.div(ROUNDINGS * eps * weight.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
     @property
     def tolerance(self) -> float:
