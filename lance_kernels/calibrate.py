@@ -228,7 +228,7 @@ def calibrate(
     if max_batches is not None and not is_count(max_batches):
         raise ValueError(f"calibrate: max_batches is {max_batches!r}; expected at least 1, or None")
     ranks = Ranks(process_group)
-    run = _Runner(model, loader, max_batches, forward_fn, progress)
+    run = Runner(model, loader, max_batches, forward_fn, progress)
     calibration = Calibration()
     groups: list[Collection[str]] = [list(layers)]
     while groups:
@@ -261,7 +261,7 @@ def calibrate(
     return calibration
 
 
-class _Runner:
+class Runner:
     """One pass over the calibration batches, as often as it is asked for."""
 
     def __init__(
@@ -309,7 +309,7 @@ class _Runner:
             )
 
 
-def _pass_over(run: _Runner, collector: Collector, ranks: Ranks) -> list[tuple[int, dict[str, Seen]]]:
+def _pass_over(run: Runner, collector: Collector, ranks: Ranks) -> list[tuple[int, dict[str, Seen]]]:
     """Runs the batches; returns every rank's number of them and what it saw, or raises on all ranks."""
     error: Exception | None = None
     batches = 0

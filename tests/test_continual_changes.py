@@ -158,6 +158,19 @@ def test_a_state_without_the_models_is_refused():
     assert_protected(later, before)
 
 
+def test_a_state_counts_as_loaded_until_its_task_has_ended():
+    model, optimizer, learner, _ = after_one_task()
+    learner.begin_task(data_of(1))
+    learner.load_state_dict(learner.state_dict())
+    train(model, optimizer, data_of(1), 5)
+    middle = copy.deepcopy(model.state_dict())
+    train(model, optimizer, data_of(1), 5)
+    learner.end_task(data_of(1))
+    load(model, middle)
+    with pytest.warns(UserWarning, match=CHANGED):
+        learner.begin_task(data_of(2))
+
+
 def test_shallow_copies_are_refused():
     _, _, learner, _ = after_one_task()
     with pytest.raises(TypeError, match=r"use copy\.deepcopy"):

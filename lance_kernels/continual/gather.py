@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 
 from lance_kernels._grams import Collector, Grams, agree
 from lance_kernels._ranks import choose_ranks
-from lance_kernels.calibrate import _pass_over, _Runner
+from lance_kernels.calibrate import Runner, _pass_over
 from lance_kernels.continual.basis import Basis
 from lance_kernels.continual.layers import PatchConvolution, PatchFactors
 from lance_kernels.continual.protection import Protection
@@ -92,7 +92,7 @@ def _hooks(layers: Mapping[str, CompressedLayer], look: Callable[[str, torch.Ten
 
 
 class _Watchers:
-    """A `Collector`, or none, and further watchers of one pass, as `_Runner` takes a collector."""
+    """A `Collector`, or none, and further watchers of one pass, as `Runner` takes a collector."""
 
     limit = None
 
@@ -139,22 +139,11 @@ class Gatherer:
     """Runs a task's batches through the model.
 
     Args:
-        model: the model, with compressed layers.
-        loader: batches, as for `calibrate`; iterated up to twice.
-        max_batches: number of batches to use; None for all.
-        forward_fn: runs the model on a batch, as for `calibrate`; None for its own way.
-        progress: show a progress bar.
+        run: the model, with compressed layers, and its batches, iterated up to twice.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loader: Iterable[Any],
-        max_batches: int | None,
-        forward_fn: Callable[[nn.Module, Any], Any] | None,
-        progress: bool,
-    ) -> None:
-        self.run = _Runner(model, loader, max_batches, forward_fn, progress)
+    def __init__(self, run: Runner) -> None:
+        self.run = run
         self.ranks = Ranks()
 
     def features(self, layers: Mapping[str, CompressedLayer]) -> dict[str, torch.Tensor]:

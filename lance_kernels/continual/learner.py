@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from lance_kernels.calibrate import Runner
 from lance_kernels.config import LanceConfig, is_count, is_fraction, is_pattern
 from lance_kernels.continual.factors import check_factors, factors_state, load_factors
 from lance_kernels.continual.gather import Found, Gatherer, protected_directions
@@ -92,7 +93,7 @@ class NullSpaceLearner:
         self.tasks = 0
         self.in_task = False
         self.closed = False
-        self._loaded = False  # whether a state was loaded since the last task began
+        self.restored = False  # whether a state was loaded, and no task has begun or gone on since
         self._protected: dict[str, Protection] = {}
         self._next_rank: dict[str, int] = {}
         self._handles: dict[str, RemovableHandle] = {}
@@ -125,8 +126,8 @@ class NullSpaceLearner:
         if self.in_task:
             raise RuntimeError("NullSpaceLearner.begin_task: a task has begun; call end_task first")
         self._check_trained(self.optimizers)
-        changed = self._changed()
-        if changed and self._loaded:
+        changed = self._bring_back()
+        if changed and self.restored:
             raise RuntimeError(
                 f"NullSpaceLearner.begin_task: weights are not those of the state that was loaded in {_listed(changed)}"
                 "; expected the model's own state to be loaded, too, before a task begins"
@@ -149,7 +150,7 @@ class NullSpaceLearner:
         for name in changed:
             self._protected[name].remember()
         self._hook_gradients()
-        self.in_task, self._loaded = True, False
+        self.in_task, self.restored = True, False
         unreached = [name for name in found.uncalled if name in protected]
         _warn_of(frozen, unreached, "these layers stay plain in this task", changed)
 
@@ -168,7 +169,7 @@ class NullSpaceLearner:
         self._check_usable()
         if not self.in_task:
             raise RuntimeError("NullSpaceLearner.end_task: no task has begun; call begin_task first")
-        if changed := self._changed():
+        if changed := self._bring_back():
             raise RuntimeError(
                 f"NullSpaceLearner.end_task: weights changed along protected directions in {_listed(changed)} in "
                 "steps that were not seen; expected steps of the learner's optimizers (use_optimizer gives it others)"
@@ -184,7 +185,7 @@ class NullSpaceLearner:
         for layer in self._layers.values():
             layer.lance_clear_factors()
         self.tasks += 1
-        self.in_task = False
+        self.in_task = self.restored = False
         frozen = self._freeze_full()
         self.policy.end_task(self._weights())
         self._hook_gradients()
@@ -283,7 +284,7 @@ class NullSpaceLearner:
         self._next_rank = dict(state["next_rank"])
         load_factors(self._layers, state["factors"])
         self._hook_gradients()
-        self._loaded = True
+        self.restored = True
 
     def save(self, path: str | Path) -> None:
         """Writes `state_dict` to a file; one that is there stays whole until the new one is complete."""
@@ -365,8 +366,8 @@ class NullSpaceLearner:
     def __copy__(self) -> NullSpaceLearner:
         raise TypeError("NullSpaceLearner: a shallow copy would watch the same optimizers; use copy.deepcopy")
 
-    def _changed(self) -> list[str]:
-        """Layers whose weights moved along protected directions on any rank; those that only rounded are brought back.
+    def _bring_back(self) -> list[str]:
+        """Brings back weights that rounded; returns the layers whose weights changed, on any rank.
 
         Raises:
             RuntimeError: a weight holds NaN or infinity.
@@ -427,7 +428,7 @@ class NullSpaceLearner:
 
     def _gatherer(self, loader: Iterable[Any]) -> Gatherer:
         batches = list(islice(loader, self.max_batches)) if isinstance(loader, Iterator) else loader
-        return Gatherer(self.model, batches, self.max_batches, self.forward_fn, self.progress)
+        return Gatherer(Runner(self.model, batches, self.max_batches, self.forward_fn, self.progress))
 
     def _weights(self) -> list[torch.Tensor]:
         return [protection.layer.weight for protection in self._protected.values()]

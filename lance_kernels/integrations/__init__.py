@@ -25,7 +25,6 @@ class Attached:
         self.arguments = arguments
         self.learner: NullSpaceLearner | None = None
         self._state: dict[str, Any] | None = None  # of a learner that is still to be made
-        self._goes_on = False  # whether the next task begins with a state that was loaded
 
     def begin_task(
         self,
@@ -49,16 +48,16 @@ class Attached:
             RuntimeError: a state from the middle of a task was loaded, and the loop begins another.
         """
         learner = self.attach(model, optimizers)
-        if learner.in_task and self._goes_on and not resumes:
-            raise RuntimeError(
-                f"{type(self).__name__}: the state that was loaded is from the middle of a task; expected the loop "
-                "to go on from the same checkpoint, which ends a task that was trained to its end, too, or "
-                "learner.drop_task() before"
-            )
-        goes_on, self._goes_on = self._goes_on, False
+        if learner.in_task and learner.restored:
+            if not resumes:
+                raise RuntimeError(
+                    f"{type(self).__name__}: the state that was loaded is from the middle of a task; expected the loop "
+                    "to go on from the same checkpoint, which ends a task that was trained to its end, too, or "
+                    "learner.drop_task() before"
+                )
+            learner.restored = False
+            return
         if learner.in_task:
-            if goes_on:
-                return
             learner.drop_task()
         learner.begin_task(loader)
 
@@ -103,13 +102,10 @@ class Attached:
         Raises:
             ValueError: the state is not of this model's learner.
         """
-        if not state:
-            return
         if self.learner is None:
-            self._state = state
-        else:
+            self._state = state or None
+        elif state:
             self.learner.load_state_dict(state)
-        self._goes_on = True
 
     def close(self) -> None:
         """Leaves a plain model."""

@@ -49,7 +49,7 @@ class NullSpaceCallback(Attached, TrainerCallback):
             RuntimeError: training goes on from a checkpoint and the learner does not, or the other way round.
         """
         resumes = state.global_step > 0
-        if resumes and (self.learner is None or not (self._goes_on or self.learner.in_task)):
+        if resumes and (self.learner is None or not (self.learner.restored or self.learner.in_task)):
             raise RuntimeError(
                 f"NullSpaceCallback: training goes on from step {state.global_step} without the learner of the steps "
                 "before; expected load_checkpoint(folder) before the Trainer was made"

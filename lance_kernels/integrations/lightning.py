@@ -78,8 +78,8 @@ class NullSpaceCallback(Attached, Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends a task that was trained to its end in the checkpoint: training has not begun then."""
-        if self._goes_on and trainer.ckpt_path is not None and self.learner is not None and self.learner.in_task:
-            self._goes_on = False
+        learner = self.learner
+        if trainer.ckpt_path is not None and learner is not None and learner.in_task and learner.restored:
             self.end_task(self._loader(trainer))
 
     def _loader(self, trainer: Trainer) -> Any:

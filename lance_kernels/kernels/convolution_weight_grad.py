@@ -337,7 +337,7 @@ def costs(
     core_size: tuple[int, ...],
     factor_shapes: tuple[tuple[int, int] | None, ...],
     weight_size: tuple[int, ...],
-    geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, str],
+    geometry: Geometry,
     itemsize: int,
     is_rows: bool = False,
     channels_last: bool = False,
@@ -348,12 +348,12 @@ def costs(
         core_size: shape of the core, the batch as it will be contracted.
         factor_shapes: shapes of the factors, None for a kept mode.
         weight_size: `(O, C / groups, *K)`.
-        geometry: the fields of `Geometry`, as tuples.
+        geometry: the convolution's.
         itemsize: bytes of an element.
         is_rows: whether the library's products take `grad_output` along the positions.
         channels_last: whether `grad_output` is channels_last.
     """
-    output = output_size(_input_size(core_size, factor_shapes), weight_size, Geometry.of(*geometry))
+    output = output_size(_input_size(core_size, factor_shapes), weight_size, geometry)
     samples, channels = core_size[0], core_size[1]
     grad_bytes = itemsize * samples * math.prod(output[1:])
     rearranged = 0.0 if channels_last else 2 * grad_bytes / COPY_BANDWIDTH

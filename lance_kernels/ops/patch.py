@@ -154,7 +154,7 @@ def check_patches(
         groups >= 1 and x.dim() > 1 and x.shape[1] % groups == 0,
         f"lance::{operator}: groups is {groups}; expected a divisor of C of x, whose shape is {tuple(x.shape)}",
     )
-    return check_geometry(operator, x.shape, [groups * filters, x.shape[1] // groups, *kernel], geometry)
+    return check_geometry(operator, x.shape, (groups * filters, x.shape[1] // groups, *kernel), geometry)
 
 
 def _check_factor(operator: str, factor: torch.Tensor, groups: int, size: int, tensor: torch.Tensor) -> None:

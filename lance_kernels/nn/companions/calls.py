@@ -207,12 +207,18 @@ class CompanionMode(TorchFunctionMode):
 
 def companion_calls(level: str) -> AbstractContextManager[Any]:
     """A `CompanionMode` of `level`, or nothing where one that serves is already active."""
-    if not torch.compiler.is_compiling():
-        depth = torch._C._len_torch_function_stack()
-        active = torch._C._get_function_stack_at(depth - 1) if depth else None
-        if isinstance(active, CompanionMode) and active.level == level and active.hook is _saving_hook():
-            return nullcontext()
+    active = _innermost()
+    if active is not None and active.level == level and active.hook is _saving_hook():
+        return nullcontext()
     return CompanionMode(level)
+
+
+def _innermost() -> CompanionMode | None:
+    """The innermost mode, if it is a `CompanionMode`; a compiler is not asked for its own."""
+    if torch.compiler.is_compiling() or not (depth := torch._C._len_torch_function_stack()):
+        return None
+    mode = torch._C._get_function_stack_at(depth - 1)
+    return mode if isinstance(mode, CompanionMode) else None
 
 
 class OutsideCompanionCalls:
@@ -224,11 +230,9 @@ class OutsideCompanionCalls:
     _mode: CompanionMode | None = None
 
     def __enter__(self) -> None:
-        if not torch.compiler.is_compiling() and (depth := torch._C._len_torch_function_stack()):
-            mode = torch._C._get_function_stack_at(depth - 1)
-            if type(mode) is CompanionMode:
-                self._mode = mode
-                torch._C._pop_torch_function_stack()
+        self._mode = _innermost()
+        if self._mode is not None:
+            torch._C._pop_torch_function_stack()
 
     def __exit__(self, *raised: object) -> None:
         if self._mode is not None:
